@@ -1,0 +1,47 @@
+"""`CellBatch`: some cells as they were measured, in the gene space of a vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CellBatch:
+    """Cells as CSR over the genes of a vocabulary.
+
+    Within a cell, genes ascend and occur once; counts are positive and finite (zeros are not stored).
+
+    Attributes
+    ----------
+    indptr
+        int64 (n_cells + 1): cell `i` holds the entries `indptr[i]:indptr[i + 1]`.
+    gene_ids
+        int32 (nnz): rows of the vocabulary's gene table (not token ids).
+    counts
+        float32 (nnz): as measured, not normalized.
+    library_size
+        float32 (n_cells): sum over **all** genes measured, also those outside the vocabulary.
+    cell_index
+        int64 (n_cells): global row of each cell in the store.
+    obs
+        name → int64 (n_cells) codes or float32 values of chosen obs columns.
+    """
+
+    indptr: np.ndarray
+    gene_ids: np.ndarray
+    counts: np.ndarray
+    library_size: np.ndarray
+    cell_index: np.ndarray
+    obs: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.indptr) - 1
+
+    @property
+    def n_genes_per_cell(self) -> np.ndarray:
+        """int64 (n_cells): vocabulary genes with a count in each cell."""
+        return np.diff(self.indptr)

@@ -1,0 +1,54 @@
+"""Files are written whole or not at all: a temporary name beside the target, fsync, then rename."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scmodelforge.errors import UserError
+
+
+def ensure_writable(folder: str | Path) -> Path:
+    """Create `folder` if needed and return it; raise `UserError` if no file can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(
+            f"Cannot write into the folder '{folder}': {error.strerror or error}.\n"
+            "Choose another output folder, or change its permissions."
+        ) from error
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `target` when the block ends without an error.
+
+    The temporary file lies in the target's folder, so the rename is atomic; it is removed on error.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be created or written.
+    """
+    target = Path(target)
+    folder = ensure_writable(target.parent)
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write `text` to `target` atomically, as UTF-8."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
