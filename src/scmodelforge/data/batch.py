@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,8 +25,6 @@ class CellBatch:
         float32 (n_cells): sum over **all** genes measured, also those outside the vocabulary.
     cell_index
         int64 (n_cells): global row of each cell in the store.
-    obs
-        name → int64 (n_cells) codes or float32 values of chosen obs columns.
     """
 
     indptr: np.ndarray
@@ -34,7 +32,6 @@ class CellBatch:
     counts: np.ndarray
     library_size: np.ndarray
     cell_index: np.ndarray
-    obs: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_cells(self) -> int:
