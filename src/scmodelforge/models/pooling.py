@@ -1,0 +1,20 @@
+"""From the hidden states of a cell's tokens to one embedding of the cell."""
+
+from __future__ import annotations
+
+import torch
+
+from scmodelforge.tokenizers.batch import TokenBatch
+
+
+def pool(hidden: torch.Tensor, tokens: TokenBatch, pooling: str, first_gene_token: int) -> torch.Tensor:
+    """Pool hidden states (n_cells, length, width) into cell embeddings (n_cells, width).
+
+    "cls" takes the first position; "mean" averages over gene tokens, without special ones and padding, as
+    Geneformer's "cell" embeddings do. A cell without any gene token has a mean of zero.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    is_gene = ((tokens.input_ids >= first_gene_token) & tokens.attention_mask).to(hidden.dtype)
+    total = torch.einsum("nlw,nl->nw", hidden, is_gene)
+    return total / is_gene.sum(dim=1, keepdim=True).clamp(min=1)
