@@ -6,7 +6,7 @@ Reading files, line numbers and overrides live in `config_io`; nothing here touc
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -14,9 +14,23 @@ from scmodelforge import registry
 
 
 class Section(BaseModel):
-    """A part of the config. Unknown keys are errors, and values are checked on assignment too."""
+    """A part of the config. Unknown keys are errors, and nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml(cls, value: Any) -> Any:
+        if value is None:
+            return {}  # "training:" with nothing below it
+        if not isinstance(value, dict):
+            return value
+        numbers = {key for key, field in cls.model_fields.items() if field.annotation in _NUMBERS}
+        # pydantic would take true for 1; as text it is refused
+        return {k: str(v).lower() if isinstance(v, bool) and k in numbers else v for k, v in value.items()}
+
+
+_NUMBERS = (int, float, int | None, float | None)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -41,13 +55,17 @@ class Preprocessing(Section):
     log1p: bool = Field(
         True, description="Take log(1 + x) of the values carried beside the tokens (ranks are taken before)."
     )
-    hvg: HighlyVariableGenes | None = Field(None, description="Selection of highly variable genes; null: none.")
+    hvg: HighlyVariableGenes | None = Field(
+        None, description="Selection of highly variable genes; null: none."
+    )
 
 
 class Split(Section):
     """Which cells validate and never train."""
 
-    val_split: float = Field(0.1, ge=0, lt=1, description="Share of cells (or groups) held out for validation.")
+    val_split: float = Field(
+        0.1, ge=0, lt=1, description="Share of cells (or groups) held out for validation."
+    )
     group_key: str | None = Field(
         None, description="obs column (donor, batch) whose groups stay whole; null: split by cell."
     )
@@ -57,16 +75,19 @@ class DataConfig(Section):
     """Where the cells come from, and how their genes meet the vocabulary."""
 
     source: Literal["local"] = Field("local", description="'local': h5ad files on disk.")
-    paths: list[str] = Field(default_factory=list, description="One or many .h5ad files; gene sets may differ.")
+    paths: list[str] = Field(
+        default_factory=list, description="One or many .h5ad files; gene sets may differ."
+    )
     layer: str | None = Field(
         None, description="Where the raw counts are: null for X, 'raw' for .raw.X, else the name of a layer."
     )
     gene_column: str | None = Field(
-        None, description="var column with gene ids or symbols ('index' for var_names); null: found by itself."
+        None,
+        description="var column with gene ids or symbols ('index' for var_names); null: found by itself.",
     )
     gene_vocab: str = Field(
         "human_protein_coding",
-        description="human_protein_coding, mouse_protein_coding, from_data, or the path of a saved vocabulary.",
+        description="human_protein_coding, mouse_protein_coding, from_data, or the path of a vocabulary.",
     )
     min_gene_overlap: float = Field(
         0.2, ge=0, le=1, description="Smallest share of a file's counts that must fall on vocabulary genes."
@@ -115,8 +136,8 @@ class TokenizerConfig(Section):
     )
     gene_medians: str = Field(
         "from_data",
-        description="Non-zero median of each gene: from_data (training cells), none, or a table (.csv, .tsv or "
-        ".parquet with columns gene_id and median).",
+        description="Non-zero median of each gene: from_data (training cells), none, or a table (.csv, .tsv "
+        "or .parquet with columns gene_id and median).",
     )
     masking: Masking = Field(default_factory=Masking)
 
@@ -142,9 +163,13 @@ class ModelConfig(Section):
     hidden_dim: int = Field(512, ge=1, description="Width of the hidden states.")
     num_layers: int = Field(12, ge=1, description="Number of transformer blocks.")
     num_heads: int = Field(8, ge=1, description="Attention heads; must divide hidden_dim.")
-    ffn_dim: int | None = Field(None, ge=1, description="Width of the feed-forward layer; null: 4 × hidden_dim.")
+    ffn_dim: int | None = Field(
+        None, ge=1, description="Width of the feed-forward layer; null: 4 × hidden_dim."
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states and attention weights.")
-    activation: Literal["gelu", "relu"] = Field("gelu", description="Activation of feed-forward layer and head.")
+    activation: Literal["gelu", "relu"] = Field(
+        "gelu", description="Activation of feed-forward layer and head."
+    )
     norm: Literal["pre", "post"] = Field(
         "pre", description="LayerNorm before each sublayer (stable) or after it (BERT, Geneformer)."
     )
@@ -211,7 +236,9 @@ class TrainingConfig(Section):
 
     batch_size: int = Field(64, ge=1, description="Cells per step and device.")
     max_epochs: int = Field(10, ge=1, description="Passes over the training cells.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null: no limit.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many optimizer steps; null: no limit."
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of order, masks, weights and dropout.")
     num_gpus: int | None = Field(None, ge=0, description="GPUs to use; null: all there are, 0: the CPU.")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
@@ -219,18 +246,24 @@ class TrainingConfig(Section):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
-    gradient_clip_val: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: no clipping.")
+    gradient_clip_val: float | None = Field(
+        1.0, gt=0, description="Largest gradient norm; null: no clipping."
+    )
     accumulate_grad_batches: int = Field(1, ge=1, description="Batches per optimizer step.")
     logger: Literal["csv", "wandb", "tensorboard"] = Field(
         "csv", description="Where figures go; metrics.csv in the run folder is always written."
     )
     wandb_project: str = Field("scmodelforge", description="Weights & Biases project.")
     run_dir: str | None = Field(None, description="Folder of this run; null: runs/DATE-TIME.")
-    checkpoint_dir: str | None = Field(None, description="Folder of the checkpoints; null: RUN_DIR/checkpoints.")
+    checkpoint_dir: str | None = Field(
+        None, description="Folder of the checkpoints; null: RUN_DIR/checkpoints."
+    )
     checkpoint_every_n_steps: int | None = Field(
         None, ge=1, description="Also write last.ckpt every so many optimizer steps; null: once an epoch."
     )
-    save_top_k: int = Field(1, ge=1, description="How many of the best checkpoints to keep (best.ckpt is one).")
+    save_top_k: int = Field(
+        1, ge=1, description="How many of the best checkpoints to keep (best.ckpt is one)."
+    )
     log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between two logged figures.")
     loader_threads: int = Field(2, ge=1, description="Threads that read and tokenize ahead of the model.")
 
@@ -243,7 +276,9 @@ class LinearProbeParams(Section):
 
     cell_type_key: str = Field("cell_type", description="obs column with the labels.")
     test_size: float = Field(0.2, gt=0, lt=1, description="Share of cells (or groups) held out for testing.")
-    group_key: str | None = Field(None, description="obs column whose groups stay whole; null: split by cell.")
+    group_key: str | None = Field(
+        None, description="obs column whose groups stay whole; null: split by cell."
+    )
     n_splits: int = Field(5, ge=1, description="Number of random splits; the spread over them is reported.")
     min_cells_per_class: int = Field(2, ge=1, description="Classes with fewer cells are an error.")
     drop_small_classes: bool = Field(False, description="Leave out cells of too small classes instead.")
@@ -262,8 +297,12 @@ class EmbeddingQualityParams(Section):
     """scIB metrics of the embedding (Luecken et al. 2022), by scib-metrics."""
 
     cell_type_key: str = Field("cell_type", description="obs column with the labels.")
-    batch_key: str | None = Field(None, description="obs column with the batches; null: biology metrics only.")
-    max_cells: int = Field(20_000, ge=10, description="Larger data are subsampled at random to so many cells.")
+    batch_key: str | None = Field(
+        None, description="obs column with the batches; null: biology metrics only."
+    )
+    max_cells: int = Field(
+        20_000, ge=10, description="Larger data are subsampled at random to so many cells."
+    )
     drop_unlabelled: bool = Field(False, description="Leave out cells without a label instead of refusing.")
 
 
@@ -278,18 +317,22 @@ class EmbeddingQualitySpec(Section):
 BenchmarkSpec = Annotated[LinearProbeSpec | EmbeddingQualitySpec, Field(discriminator="name")]
 
 
+def _only_linear_probe() -> list[BenchmarkSpec]:
+    return [LinearProbeSpec(name="linear_probe")]
+
+
 class EvalConfig(Section):
     """Which benchmarks run, and how cells are embedded for them."""
 
     batch_size: int = Field(256, ge=1, description="Cells per batch while embedding.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of splits, subsampling and the untrained baseline.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of splits, subsampling and the untrained baseline."
+    )
     baselines: list[Literal["pca", "untrained"]] = Field(
         ["pca", "untrained"],
         description="Beside the model: PCA of log-normalized counts, and the model before training.",
     )
-    benchmarks: list[BenchmarkSpec] = Field(
-        default_factory=lambda: [LinearProbeSpec(name="linear_probe")], description="What to run."
-    )
+    benchmarks: list[BenchmarkSpec] = Field(default_factory=_only_linear_probe, description="What to run.")
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -319,8 +362,12 @@ class FinetuneConfig(Section):
     freeze_backbone: bool = Field(False, description="Train the head only.")
     freeze_backbone_epochs: int = Field(0, ge=0, description="Train the head alone for so many epochs first.")
     head: HeadConfig = Field(default_factory=HeadConfig)
-    backbone_lr: float | None = Field(None, gt=0, description="Peak learning rate of the backbone; null: optimizer.lr.")
-    head_lr: float | None = Field(None, gt=0, description="Peak learning rate of the head; null: optimizer.lr.")
+    backbone_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the backbone; null: optimizer.lr."
+    )
+    head_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the head; null: optimizer.lr."
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig)
     drop_unlabelled: bool = Field(False, description="Leave out cells without a label instead of refusing.")
 
