@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from scmodelforge import registry
 from scmodelforge.config import Config, Section
@@ -161,8 +162,8 @@ def _help(info: FieldInfo, value: Any) -> str:
     choices = [str(choice) for choice in _choices(info.annotation)]
     if any(choice not in text for choice in choices):
         text += f" One of: {', '.join(choices)}."
-    if not info.is_required() and info.default_factory is None and value != info.default:
-        text += f" (Default: {show(info.default)}.)"
+    if (default := info.get_default()) not in (None, PydanticUndefined, value):
+        text += f" (Default: {show(default)}.)"
     return text
 
 

@@ -139,7 +139,7 @@ class Reading:
         return ConfigError(f"{self.name}:{line + 1}: this is not valid YAML: {problem}.\n    {shown.strip()}")
 
     def _check_keys(self, node: yaml.Node, loc: Loc, seen: set[int]) -> None:
-        """Collect duplicate keys; YAML itself would silently keep the last."""
+        """Read keys as text and collect duplicates, of which YAML itself would silently keep the last."""
         if id(node) in seen:  # an alias
             return
         seen.add(id(node))
@@ -150,6 +150,8 @@ class Reading:
             lines: dict[str, int] = {}
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode):
+                    if key.tag != "tag:yaml.org,2002:merge":
+                        key.tag = "tag:yaml.org,2002:str"  # so that 1 and yes are unknown keys like others
                     line = key.start_mark.line + 1
                     if key.value in lines:
                         text = (
@@ -337,8 +339,10 @@ def _without_tags(loc: Loc, data: Any) -> Loc:
             if position < len(loc) - 1 or data.get("name") == part:
                 continue
             data = None
-        elif isinstance(data, dict | list):
-            data = data[part]  # type: ignore[index]
+        elif isinstance(data, list) and isinstance(part, int):
+            data = next(iter(data[part : part + 1]), None)  # None: a tuple that is too short
+        else:
+            data = data[part] if isinstance(data, dict) else None
         real.append(part)
     return tuple(real)
 
@@ -364,7 +368,7 @@ def _unknown(loc: Loc) -> str:
     key = dotted(loc)
     last = str(loc[-1])
     likeness = {known: _ratio(last, known.rpartition(".")[2]) for known in _known_keys()}
-    near = {known: ratio + 0.5 * _ratio(key, known) for known, ratio in likeness.items() if ratio >= 0.7}
+    near = {known: ratio + 0.5 * _ratio(key, known) for known, ratio in likeness.items() if ratio >= 0.6}
     if near:
         index = next((str(part) for part in loc if isinstance(part, int)), "0")
         return f"is unknown; did you mean {max(near, key=near.__getitem__).replace('*', index)}?"
