@@ -1,0 +1,52 @@
+"""scModelForge: pretrain, fine-tune and evaluate single-cell foundation models.
+
+The public names are loaded when they are first used, so importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scmodelforge.config import Config
+    from scmodelforge.config_io import load_config
+    from scmodelforge.data.check import check
+    from scmodelforge.errors import UserError
+    from scmodelforge.evaluation.harness import benchmark
+    from scmodelforge.finetuning.run import finetune
+    from scmodelforge.genes.vocab import GeneVocab
+    from scmodelforge.inference import annotate, embed
+    from scmodelforge.models.bundle import ModelBundle, load_model, save_bundle
+    from scmodelforge.training.run import train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "GeneVocab": "genes.vocab",
+    "ModelBundle": "models.bundle",
+    "UserError": "errors",
+    "annotate": "inference",
+    "benchmark": "evaluation.harness",
+    "check": "data.check",
+    "embed": "inference",
+    "finetune": "finetuning.run",
+    "load_config": "config_io",
+    "load_model": "models.bundle",
+    "save_bundle": "models.bundle",
+    "tokens": "inference",
+    "train": "training.run",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'scmodelforge' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"scmodelforge.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -31,6 +31,8 @@ class TrainingBatch:
         int64 (m): flat positions (cell × length + position) that are asked.
     targets
         int64 (m): the true token at each of them.
+    n_tokens
+        Real tokens in the batch.
     seed
         Seed of the randomness inside the model (dropout) at this step.
     """
@@ -38,6 +40,7 @@ class TrainingBatch:
     tokens: TokenBatch
     asked: torch.Tensor
     targets: torch.Tensor
+    n_tokens: int
     seed: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
@@ -111,7 +114,9 @@ class MaskedGenePrediction:
         masked = asked & (drawn < masking.mask_token_share)
         replaced = asked & ~masked & (drawn < masking.mask_token_share + masking.random_share)
         shown = np.where(masked, vocab.mask_id, truth)
-        shown = np.where(replaced, first + below(random_token, vocab.n_tokens - first).astype(np.int64), shown)
+        shown = np.where(
+            replaced, first + below(random_token, vocab.n_tokens - first).astype(np.int64), shown
+        )
         positions = np.flatnonzero(asked)
         return TrainingBatch(
             tokens=replace(
@@ -121,6 +126,7 @@ class MaskedGenePrediction:
             ),
             asked=torch.from_numpy(positions),
             targets=torch.from_numpy(truth.ravel()[positions]),
+            n_tokens=int(tokens.lengths.sum()),
             seed=batch_seed,
         )
 

@@ -1,0 +1,298 @@
+"""The command line: one short function per command. Each parses, calls one function of the library, prints.
+
+A mistake in the input ends with one message and exit code 2, never with a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scmodelforge.errors import UserError
+
+app = typer.Typer(
+    name="scmodelforge",
+    help="Pretrain, fine-tune and evaluate single-cell foundation models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="About config files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+log = logging.getLogger(__name__)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.max_epochs=3."),
+]
+ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint (.ckpt) or model folder.")]
+DataOption = Annotated[Path, typer.Option("--data", help="An .h5ad file with raw counts.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="The .h5ad file to write.")]
+InPlaceOption = Annotated[bool, typer.Option("--in-place", help="Write into the input file instead.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cells per batch.")]
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on from this checkpoint.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Pretrain a model on the cells of a config."""
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(_needed(config, "train"), set_ or [], require_data=True)
+    from scmodelforge.training.run import train as run
+
+    _finish_run(run(settings, resume=resume), f"scmodelforge train --config {config}")
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="Pretrained checkpoint or model folder.")],
+    config: ConfigOption = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on from this checkpoint.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Teach a pretrained model the labels of some cells."""
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(_needed(config, "finetune"), set_ or [], require_data=True)
+    from scmodelforge.finetuning.run import finetune as run
+
+    again = f"scmodelforge finetune --config {config} --checkpoint {checkpoint}"
+    _finish_run(run(settings, checkpoint, resume=resume), again)
+
+
+@app.command()
+def benchmark(
+    model: ModelOption,
+    data: DataOption,
+    config: ConfigOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="JSON file for the results.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Compare a model with its baselines on labelled cells."""
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(config, set_ or [])
+    from scmodelforge.evaluation.harness import benchmark as run
+
+    _print_results(run(settings, model, data, output))
+    if output is not None:
+        print(f"Results: {output}")
+
+
+@app.command()
+def embed(
+    model: ModelOption,
+    data: DataOption,
+    output: OutputOption = None,
+    in_place: InPlaceOption = False,
+    key: Annotated[str, typer.Option("--key", help="Name in obsm.")] = "X_scmodelforge",
+    pooling: Annotated[
+        str | None, typer.Option("--pooling", help="mean or cls; default: the model's.")
+    ] = None,
+    batch_size: BatchOption = 64,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Write cell embeddings into obsm of a copy of the file, or of the file itself."""
+    from scmodelforge.config_io import load_config
+
+    settings, target = load_config(config, set_ or []), _target(data, output, in_place)
+    if pooling not in (None, "mean", "cls"):
+        raise UserError(f"--pooling is '{pooling}'; it must be mean or cls.")
+    from scmodelforge.inference import embed_file
+
+    n_cells = embed_file(
+        data, target, model, key_added=key, batch_size=batch_size, pooling=pooling, config=settings
+    )
+    print(f"{n_cells:,} cells embedded: obsm['{key}'] of {target}")
+
+
+@app.command()
+def annotate(
+    model: ModelOption,
+    data: DataOption,
+    output: OutputOption = None,
+    in_place: InPlaceOption = False,
+    batch_size: BatchOption = 64,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the labels that a fine-tuned model predicts into obs."""
+    from scmodelforge.config_io import load_config
+
+    settings, target = load_config(config, set_ or []), _target(data, output, in_place)
+    from scmodelforge.inference import annotate_file
+
+    predictions = annotate_file(data, target, model, batch_size=batch_size, config=settings)
+    name = predictions.columns[0]
+    if predictions[name].dtype == "category":
+        for label, count in predictions[name].value_counts().items():
+            print(f"{count:>8,}  {label}")
+    print(f"{len(predictions):,} cells annotated: obs['{name}'] of {target}")
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Say what is in a file and whether it can be trained on (exit code 2 if not)."""
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(config, set_ or [])
+    from scmodelforge.data.check import check as run
+
+    report = run(data, settings.data)
+    print("\n".join(report.lines()))
+    if report.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def tokens(
+    data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
+    cell: Annotated[str, typer.Option("--cell", help="Row number or name of the cell.")] = "0",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Tokens to print.")] = 25,
+    model: Annotated[Path | None, typer.Option("--model", help="Use this model's tokenizer.")] = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Show what a cell becomes."""
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(config, set_ or [])
+    from scmodelforge.inference import tokens as run
+
+    table = run(data, cell, model=model, config=settings)
+    shown = table.head(rows).to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="")
+    print(shown + (f"\n… {len(table):,} tokens in all" if len(table) > rows else ""))
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
+    output: Annotated[Path, typer.Option("--output", help="YAML file to write.")] = Path("config.yaml"),
+) -> None:
+    """Write a commented starter config for a file."""
+    from scmodelforge.config import DataConfig
+    from scmodelforge.config_io import starter_yaml
+    from scmodelforge.data.check import check as run
+    from scmodelforge.files import write_text
+
+    if output.exists():
+        raise UserError(f"'{output}' exists already. Choose another name with --output.")
+    write_text(output, starter_yaml(data, run(data, DataConfig()).suggestions))
+    print(f"{output} is ready; start with: scmodelforge train --config {output}")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of config files, for editors."""
+    import json
+
+    from scmodelforge.config_io import config_schema as schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def _needed(config: Path | None, command: str) -> Path:
+    if config is None:
+        raise UserError(
+            f"'{command}' needs a config: --config FILE. 'scmodelforge init data.h5ad' writes one to start from."
+        )
+    return config
+
+
+def _target(data: Path, output: Path | None, in_place: bool) -> Path:
+    if in_place == (output is not None):
+        raise UserError("Say where to write: either --output FILE.h5ad or --in-place.")
+    return data if output is None else output
+
+
+def _finish_run(result, again: str) -> None:  # type: ignore[no-untyped-def]
+    if result.interrupted:
+        print(f"Stopped. To go on:\n  {again} --resume {result.checkpoint_dir / 'last.ckpt'}")
+        raise typer.Exit(130)
+    figures = "  ".join(
+        f"{name} {value:.4f}" for name, value in result.metrics.items() if name.startswith("val_")
+    )
+    print(f"Done. {figures}")
+    print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
+    print(f"Model folder:    {result.run_dir / 'model'}")
+    print(f"Run folder:      {result.run_dir}")
+
+
+def _print_results(results) -> None:  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.table import Table
+
+    for name in dict.fromkeys(result.benchmark for result in results):
+        rows = [result for result in results if result.benchmark == name]
+        columns = [
+            key
+            for key, value in rows[0].metrics.items()
+            if isinstance(value, float) and not key.endswith("_std")
+        ]
+        table = Table("method", *columns, title=f"{name} ({rows[0].dataset})")
+        for row in rows:
+            spread = {key: row.metrics.get(f"{key}_std") for key in columns}
+            table.add_row(
+                row.method,
+                *(
+                    f"{row.metrics[key]:.3f}" + (f" ± {spread[key]:.3f}" if spread[key] is not None else "")
+                    for key in columns
+                ),
+            )
+        facts = {key: value for key, value in rows[0].metrics.items() if not isinstance(value, float)}
+        table.caption = ", ".join(f"{key} {value}" for key, value in facts.items())
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+class _MessageFormat(logging.Formatter):
+    """Warnings say that they are; everything else is the sentence alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        return prefix + super().format(record)
+
+
+def _set_up_messages() -> None:
+    """Our own messages go to stderr; what other libraries chat about stays out."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_MessageFormat("%(message)s"))
+    ours = logging.getLogger("scmodelforge")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", module=r"(lightning|torch|anndata|scanpy|umap|numba|torchmetrics|sklearn)\b"
+    )
+
+
+def main() -> None:
+    """Entry point of the `scmodelforge` command."""
+    _set_up_messages()
+    try:
+        app()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The Lightning module of fine-tuning: a head on cell embeddings, and a backbone that may be frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from scmodelforge.models.bundle import Labels, ModelBundle
+from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.training.module import TrainingModule
+from scmodelforge.training.optim import parameter_groups
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Tokens with the label of each cell.
+
+    Attributes
+    ----------
+    tokens
+        What the model reads.
+    targets
+        int64 (n_cells) class numbers, or float32 (n_cells) standardized values.
+    n_tokens
+        Real tokens in the batch.
+    seed
+        Seed of the randomness inside the model (dropout) at this step.
+    """
+
+    tokens: TokenBatch
+    targets: torch.Tensor
+    n_tokens: int
+    seed: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
+        """Copy to a device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
+
+
+def validation_metrics(labels: Labels) -> MetricCollection:
+    """Accuracy and macro F1, or mean absolute error and R² of the standardized label."""
+    if labels.task == "classification":
+        n_classes = len(labels.classes)
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(n_classes, average="micro"),
+                "macro_f1": MulticlassF1Score(n_classes, average="macro"),
+            },
+            prefix="val_",
+        )
+    return MetricCollection({"mae": MeanAbsoluteError(), "r2": R2Score()}, prefix="val_")
+
+
+class FinetuningModule(TrainingModule):
+    """Classification or regression on cell embeddings, with a learning rate each for backbone and head."""
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        super().__init__(bundle, bundle.config.training)
+        assert bundle.head is not None
+        assert bundle.labels is not None
+        self.head = bundle.head
+        self.labels = bundle.labels
+        self.finetune = bundle.config.finetune
+        self.frozen = self.finetune.freeze_backbone
+        self.metrics = validation_metrics(bundle.labels)
+
+    def parameter_groups(self) -> list[dict]:
+        """Backbone groups, then head groups. A backbone that unfreezes later is in from the start."""
+        optimizer = self.training_config.optimizer
+        backbone = parameter_groups([self.model], self.finetune.backbone_lr or optimizer.lr, optimizer)
+        return backbone + parameter_groups([self.head], self.finetune.head_lr or optimizer.lr, optimizer)
+
+    def forward(self, tokens: TokenBatch) -> torch.Tensor:
+        """Outputs of the head, float (n_cells, n_outputs). A frozen backbone runs without dropout."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            embedding = self.model.encode(tokens)
+        return self.head(embedding)
+
+    def _update_frozen(self) -> None:
+        head_only_epochs = self.finetune.freeze_backbone_epochs
+        self.frozen = self.finetune.freeze_backbone or self.current_epoch < head_only_epochs
+        self.model.train(not self.frozen)
+
+    def on_train_start(self) -> None:
+        self._update_frozen()  # a run that resumes within an epoch has no epoch start
+
+    def on_train_epoch_start(self) -> None:
+        self._update_frozen()
+
+    def _loss(self, outputs: torch.Tensor, batch: LabelledBatch) -> torch.Tensor:
+        if self.labels.task == "classification":
+            return F.cross_entropy(outputs.float(), batch.targets)
+        return F.mse_loss(outputs[:, 0].float(), batch.targets)
+
+    def training_step(self, batch: LabelledBatch, batch_idx: int) -> torch.Tensor:
+        loss = self._loss(self(batch.tokens), batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+        outputs = self(batch.tokens).float()
+        self.metrics.update(outputs if self.labels.task == "classification" else outputs[:, 0], batch.targets)
+        self.log_dict(self.metrics, on_epoch=True, batch_size=batch.tokens.n_cells)
+        loss = self._loss(outputs, batch)
+        self.log(
+            "val_loss", loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=batch.tokens.n_cells
+        )

@@ -1,0 +1,222 @@
+"""Fine-tuning, from top to bottom: model, labels, head, fit."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from scmodelforge import registry
+from scmodelforge.config import Config
+from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.split import split_cells
+from scmodelforge.data.store import CellStore, open_store
+from scmodelforge.errors import DataError, require_extra
+from scmodelforge.evaluation.splits import obs_column, usable_labels
+from scmodelforge.finetuning.lora import add_lora, trainable_share
+from scmodelforge.finetuning.module import FinetuningModule, LabelledBatch
+from scmodelforge.models.bundle import (
+    CHECKPOINT_KEY,
+    Labels,
+    build_head,
+    load_model,
+    read_checkpoint,
+    with_model_of,
+)
+from scmodelforge.training.data import TrainingData
+from scmodelforge.training.run import RunResult, fit
+from scmodelforge.training.setup import check_environment, collected_notes, prepare_folders
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of all cells of a store.
+
+    Attributes
+    ----------
+    rows
+        int64: global rows of the cells that have a usable label.
+    values
+        int64 (n_cells in the store) class numbers, or float32 values as they are; only `rows` mean something.
+    classes
+        Class names, sorted; empty for regression.
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    classes: tuple[str, ...]
+
+
+def finetune(
+    config: Config,
+    checkpoint: str | Path,
+    data: AnnData | None = None,
+    resume: str | Path | None = None,
+) -> RunResult:
+    """Teach a pretrained model a label.
+
+    Vocabulary, tokenizer, architecture and preprocessing are the checkpoint's; a config that contradicts
+    them is refused.
+
+    Parameters
+    ----------
+    config
+        The whole config; `finetune`, `training` and `data` are read.
+    checkpoint
+        A pretrained checkpoint or model folder.
+    data
+        Cells in memory instead of `data.paths`.
+    resume
+        A checkpoint of an interrupted fine-tuning run.
+
+    Raises
+    ------
+    UserError
+        If config, labels, data or checkpoint do not allow the run.
+    """
+    with collected_notes() as notes:
+        check_environment(config.training)
+        if config.finetune.lora.enabled:
+            require_extra("peft", "peft", "finetune.lora")
+        pretrained = load_model(checkpoint)
+        config = with_model_of(config, pretrained, str(checkpoint))
+        resumed = read_checkpoint(resume) if resume else None
+        folders = prepare_folders(config.training, resumed and resumed[CHECKPOINT_KEY])
+
+        sources = [data] if data is not None else list(config.data.paths)
+        if not sources:
+            raise DataError("There are no cells to fine-tune on: data.paths is empty.")
+        store = open_store(sources, pretrained.vocab, config.data)
+        targets = read_targets(store, config)
+        labelled = targets.values[targets.rows]
+        train, val = split_cells(
+            store.obs.iloc[targets.rows],
+            config.data.split,
+            config.training.seed,
+            labelled if targets.classes else None,
+        )
+        prepared = TrainingData(store, pretrained.vocab, targets.rows[train], targets.rows[val])
+        labels, values = _describe(targets, prepared, config)
+
+        seed = config.training.seed
+        bundle = replace(pretrained, config=config, labels=labels, head=build_head(config, labels, seed))
+        bundle.model.train()
+        bundle.model.requires_grad_(not config.finetune.freeze_backbone)
+        bundle.model.head.requires_grad_(False)  # the pretraining head is not used
+        if config.finetune.lora.enabled:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                add_lora(bundle.model, config.finetune.lora)
+        trainable, total = trainable_share(bundle.model, bundle.head)  # type: ignore[arg-type]
+        log.info(
+            "%s training and %s validation cells; %s of %s parameters train (%.2f %%).",
+            f"{len(prepared.train_rows):,}",
+            f"{len(prepared.val_rows):,}",
+            f"{trainable:,}",
+            f"{total:,}",
+            100 * trainable / total,
+        )
+        tokenizer = registry.TOKENIZERS.load(config.tokenizer.strategy)(
+            config.tokenizer, config.data.preprocessing, pretrained.vocab
+        )
+
+        def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
+            tokens = tokenizer(cells)
+            wanted = torch.from_numpy(values[cells.cell_index])
+            return LabelledBatch(tokens, wanted, int(tokens.lengths.sum()), batch_seed)
+
+        is_classification = labels.task == "classification"
+        return fit(
+            FinetuningModule(bundle),
+            bundle,
+            prepared,
+            make_batch,
+            folders,
+            monitor="val_macro_f1" if is_classification else "val_loss",
+            mode="max" if is_classification else "min",
+            resume=resume,
+            resumed_step=resumed["global_step"] if resumed else 0,
+            notes=notes,
+        )
+
+
+def read_targets(store: CellStore, config: Config) -> Targets:
+    """Labels of the cells of a store.
+
+    Raises
+    ------
+    DataError
+        If the column is missing, has gaps (unless `drop_unlabelled`), one class only, a class with a single
+        cell, or is no number where a regression is asked.
+    """
+    finetune = config.finetune
+    where = ", ".join(str(name) for name in store.files)
+    if finetune.head.task == "regression":
+        return _regression_targets(store, config, where)
+    mask, names = usable_labels(
+        store.obs,
+        finetune.label_key,
+        where,
+        drop_unlabelled=finetune.drop_unlabelled,
+    )
+    classes, codes = np.unique(names, return_inverse=True)
+    values = np.zeros(store.n_cells, dtype=np.int64)
+    values[mask] = codes
+    return Targets(np.flatnonzero(mask), values, tuple(str(name) for name in classes))
+
+
+def _regression_targets(store: CellStore, config: Config, where: str) -> Targets:
+    key = config.finetune.label_key
+    column = obs_column(store.obs, key, where)
+    values = pd.to_numeric(store.obs[key].astype(object), errors="coerce").to_numpy(dtype=np.float32)
+    missing = np.asarray(column.codes) < 0
+    wrong = np.flatnonzero(~np.isfinite(values) & ~missing)
+    if len(wrong):
+        raise DataError(
+            f"obs['{key}'] of {where} is no number in {len(wrong):,} cells, e.g. {store.obs[key].iloc[wrong[0]]!r}: "
+            "a regression needs numbers. Use finetune.head.task: classification, or another label_key."
+        )
+    if missing.any() and not config.finetune.drop_unlabelled:
+        raise DataError(
+            f"{missing.sum():,} of {len(missing):,} cells of {where} have no label in obs['{key}'].\n"
+            "Every cell needs one: fill them in, or set finetune.drop_unlabelled: true to leave these cells out."
+        )
+    if missing.any():
+        log.warning("%s cells without a label in obs['%s'] are left out.", f"{missing.sum():,}", key)
+    rows = np.flatnonzero(~missing)
+    if len(rows) < 2 or np.ptp(values[rows]) == 0:
+        raise DataError(
+            f"obs['{key}'] of {where} has fewer than two different values: there is nothing to learn."
+        )
+    return Targets(rows, values, ())
+
+
+def _describe(targets: Targets, prepared: TrainingData, config: Config) -> tuple[Labels, np.ndarray]:
+    """What travels with the model, and the targets as the loss takes them."""
+    finetune = config.finetune
+    if finetune.head.task == "regression":
+        training = targets.values[prepared.train_rows].astype(np.float64)
+        mean, std = float(training.mean()), float(training.std()) or 1.0
+        standardized = ((targets.values - mean) / std).astype(np.float32)
+        return Labels(finetune.label_key, "regression", mean=mean, std=std), standardized
+    asked = finetune.head.n_classes
+    if asked is not None and asked != len(targets.classes):
+        raise DataError(
+            f"finetune.head.n_classes is {asked}, but obs['{finetune.label_key}'] has {len(targets.classes)} "
+            f"classes: {', '.join(targets.classes[:20])}. Set it to null to take the number from the data."
+        )
+    missing = np.setdiff1d(np.arange(len(targets.classes)), targets.values[prepared.train_rows])
+    if len(missing):
+        raise DataError(
+            "After the split no training cell has the class "
+            + ", ".join(f"'{targets.classes[code]}'" for code in missing)
+            + f" (data.split.group_key: {config.data.split.group_key}). Use another group_key or seed, or null."
+        )
+    return Labels(finetune.label_key, "classification", classes=targets.classes), targets.values

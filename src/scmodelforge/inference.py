@@ -1,0 +1,303 @@
+"""Using a trained model: embeddings and labels for cells, in an AnnData or in an .h5ad file.
+
+Results do not depend on the batch that a cell came with. Files are never loaded whole: results are written
+into a copy of the file (or into the file itself), which appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from anndata.io import write_elem
+
+from scmodelforge import registry
+from scmodelforge.config import Config, DataConfig
+from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.loader import BatchLoader
+from scmodelforge.data.store import CellStore, open_store
+from scmodelforge.errors import DataError, ModelError
+from scmodelforge.files import atomic_path
+from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
+from scmodelforge.models.bundle import ModelBundle, load_model
+from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.rank_value import RankValueTokenizer
+
+log = logging.getLogger(__name__)
+
+EMBEDDING_KEY = "X_scmodelforge"
+THREADS = 2
+
+
+def as_bundle(model: ModelBundle | str | Path) -> ModelBundle:
+    """A loaded model, from itself or from the path of a checkpoint or model folder."""
+    return model if isinstance(model, ModelBundle) else load_model(model)
+
+
+def default_device() -> str:
+    """The first GPU, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build_tokenizer(bundle: ModelBundle) -> RankValueTokenizer:
+    """The tokenizer that the model was trained with."""
+    config = bundle.config
+    strategy = registry.TOKENIZERS.load(config.tokenizer.strategy)
+    return strategy(config.tokenizer, config.data.preprocessing, bundle.vocab)
+
+
+def open_for(bundle: ModelBundle, data: AnnData | str | Path, config: DataConfig | None = None) -> CellStore:
+    """Open cells in the model's gene space.
+
+    Parameters
+    ----------
+    config
+        Where the counts and gene ids are (`layer`, `gene_column`, `min_gene_overlap`); the rest is the model's.
+
+    Raises
+    ------
+    DataError
+        If the file, its counts or its genes cannot be used with this model.
+    """
+    return open_store([data], bundle.vocab, config or DataConfig())
+
+
+def token_batches(store: CellStore, tokenizer: RankValueTokenizer, batch_size: int) -> Iterator[TokenBatch]:
+    """Token batches of all cells of a store, in its order, made by threads ahead of the model."""
+
+    def make(epoch: int, step: int) -> TokenBatch:
+        rows = np.arange(step * batch_size, min((step + 1) * batch_size, store.n_cells))
+        return tokenizer(store.read(rows))
+
+    yield from BatchLoader(make, -(-store.n_cells // batch_size), THREADS)
+
+
+def embed_store(
+    bundle: ModelBundle,
+    store: CellStore,
+    batch_size: int = 64,
+    pooling: str | None = None,
+    device: str | None = None,
+) -> np.ndarray:
+    """Embed all cells of a store; float32 (n_cells, hidden_dim), in the store's order."""
+    device = device or default_device()
+    model = bundle.model.to(device).eval()
+    if (pooling or model.pooling) == "cls" and not bundle.config.tokenizer.prepend_cls:
+        log.warning("pooling cls: this model has no <cls> token, so the first gene's hidden state is taken.")
+    embeddings = np.empty((store.n_cells, model.hidden_dim), dtype=np.float32)
+    n_empty = 0
+    with torch.inference_mode():
+        for tokens in token_batches(store, build_tokenizer(bundle), batch_size):
+            vectors = model.encode(tokens.to(device), pooling)
+            embeddings[tokens.cell_index.numpy()] = vectors.float().cpu().numpy()
+            n_empty += int((tokens.values.count_nonzero(dim=1) == 0).sum())
+    if n_empty:
+        log.warning(
+            "%s cells have no gene that the model knows: their embedding says nothing.", f"{n_empty:,}"
+        )
+    return embeddings
+
+
+def predict_store(
+    bundle: ModelBundle, store: CellStore, batch_size: int = 64, device: str | None = None
+) -> pd.DataFrame:
+    """Predict the labels of all cells of a store with a fine-tuned model.
+
+    Returns
+    -------
+    DataFrame in the store's order with columns `scmodelforge_LABEL` and, for classes,
+    `scmodelforge_LABEL_probability` (of the predicted class). Regression is in the label's own units.
+
+    Raises
+    ------
+    ModelError
+        If the model was not fine-tuned.
+    """
+    if bundle.labels is None or bundle.head is None:
+        raise ModelError(
+            "This model was not fine-tuned, so it knows no labels. Fine-tune it first (scmodelforge finetune)."
+        )
+    device = device or default_device()
+    model, head = bundle.model.to(device).eval(), bundle.head.to(device).eval()
+    outputs = np.empty((store.n_cells, bundle.labels.n_outputs), dtype=np.float32)
+    with torch.inference_mode():
+        for tokens in token_batches(store, build_tokenizer(bundle), batch_size):
+            prediction = head(model.encode(tokens.to(device))).float()
+            if bundle.labels.task == "classification":
+                prediction = prediction.softmax(dim=1)
+            outputs[tokens.cell_index.numpy()] = prediction.cpu().numpy()
+    name = f"scmodelforge_{bundle.labels.key}"
+    if bundle.labels.task == "regression":
+        return pd.DataFrame(
+            {name: outputs[:, 0] * bundle.labels.std + bundle.labels.mean}, index=store.obs.index
+        )
+    labels = pd.Categorical.from_codes(outputs.argmax(axis=1), categories=list(bundle.labels.classes))
+    return pd.DataFrame({name: labels, f"{name}_probability": outputs.max(axis=1)}, index=store.obs.index)
+
+
+def embed(
+    data: AnnData,
+    model: ModelBundle | str | Path,
+    *,
+    key_added: str = EMBEDDING_KEY,
+    batch_size: int = 64,
+    pooling: str | None = None,
+    config: DataConfig | None = None,
+    copy: bool = False,
+) -> AnnData:
+    """Embed the cells of an AnnData into `obsm[key_added]`.
+
+    Parameters
+    ----------
+    data
+        Cells with raw counts.
+    model
+        A loaded model, a checkpoint or a model folder.
+    pooling
+        "mean" over genes or "cls"; None: as the model is set.
+    config
+        Where the counts are, if not in X (`DataConfig(layer="counts")`).
+    copy
+        Return a copy instead of changing `data`.
+
+    Returns
+    -------
+    The AnnData with float32 (n_cells, hidden_dim) in `obsm[key_added]`.
+    """
+    bundle = as_bundle(model)
+    adata = data.copy() if copy else data
+    adata.obsm[key_added] = embed_store(bundle, open_for(bundle, data, config), batch_size, pooling)
+    return adata
+
+
+def annotate(
+    data: AnnData,
+    model: ModelBundle | str | Path,
+    *,
+    batch_size: int = 64,
+    config: DataConfig | None = None,
+    copy: bool = False,
+) -> AnnData:
+    """Write the labels that a fine-tuned model predicts into `obs`; see `predict_store` for the columns."""
+    bundle = as_bundle(model)
+    adata = data.copy() if copy else data
+    for name, column in predict_store(bundle, open_for(bundle, data, config), batch_size).items():
+        adata.obs[name] = column.to_numpy() if column.dtype != "category" else pd.Categorical(column)
+    return adata
+
+
+@contextmanager
+def _edited_copy(source: str | Path, output: str | Path) -> Iterator[h5py.File]:
+    """Copy a file and yield the copy, open for editing; it takes the name `output` when all went well."""
+    with atomic_path(output) as temporary:
+        try:
+            shutil.copyfile(source, temporary)
+        except OSError as error:
+            raise DataError(
+                f"'{source}' cannot be copied to '{output}': {error.strerror or error}."
+            ) from error
+        with h5py.File(temporary, "r+") as handle:
+            yield handle
+
+
+def embed_file(
+    source: str | Path,
+    output: str | Path,
+    model: ModelBundle | str | Path,
+    *,
+    key_added: str = EMBEDDING_KEY,
+    batch_size: int = 64,
+    pooling: str | None = None,
+    config: Config | None = None,
+) -> int:
+    """Write a copy of an .h5ad file with the embedding in `obsm[key_added]`; returns the number of cells.
+
+    `output` may be `source`: the file is replaced when the new one is complete.
+    """
+    bundle = as_bundle(model)
+    store = open_for(bundle, source, config and config.data)
+    embeddings = embed_store(bundle, store, batch_size, pooling)
+    with _edited_copy(source, output) as handle:
+        write_elem(handle.require_group("obsm"), key_added, embeddings)
+    return store.n_cells
+
+
+def annotate_file(
+    source: str | Path,
+    output: str | Path,
+    model: ModelBundle | str | Path,
+    *,
+    batch_size: int = 64,
+    config: Config | None = None,
+) -> pd.DataFrame:
+    """Write a copy of an .h5ad file with predicted labels in `obs`; returns the predictions."""
+    bundle = as_bundle(model)
+    store = open_for(bundle, source, config and config.data)
+    predictions = predict_store(bundle, store, batch_size)
+    with _edited_copy(source, output) as handle:
+        obs = anndata.io.read_elem(handle["obs"])
+        for name, column in predictions.items():
+            obs[name] = column.to_numpy() if column.dtype != "category" else pd.Categorical(column)
+        write_elem(handle, "obs", obs)
+    return predictions
+
+
+def tokens(
+    data: AnnData | str | Path,
+    cell: str | int = 0,
+    *,
+    model: ModelBundle | str | Path | None = None,
+    config: Config | None = None,
+) -> pd.DataFrame:
+    """What one cell becomes: one row a token, see `RankValueTokenizer.explain`.
+
+    Parameters
+    ----------
+    cell
+        Row number, or name in `obs_names`.
+    model
+        Use this model's vocabulary and tokenizer; None: those of `config`, where medians that would come
+        from training cells are not known yet, so genes are ranked by normalized counts alone.
+
+    Raises
+    ------
+    DataError
+        If there is no such cell, or the data cannot be used.
+    """
+    config = config or Config()
+    if model is not None:
+        bundle = as_bundle(model)
+        store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle)
+    else:
+        vocab = resolve_vocab(
+            config.data.gene_vocab, [open_matrix(data, config.data.layer).var], config.data.gene_column
+        )
+        vocab = vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
+        if config.tokenizer.gene_medians == "from_data":
+            log.warning(
+                "No model is given, so gene medians are unknown: genes are ranked by normalized counts."
+            )
+        elif config.tokenizer.gene_medians != "none":
+            vocab = vocab.with_medians(read_medians(config.tokenizer.gene_medians, vocab))
+        store = open_store([data], vocab, config.data)
+        strategy = registry.TOKENIZERS.load(config.tokenizer.strategy)
+        tokenizer = strategy(config.tokenizer, config.data.preprocessing, vocab)
+    names = store.obs.index
+    if isinstance(cell, str) and cell in names:
+        row = int(np.flatnonzero(names == cell)[0])
+    elif str(cell).isdecimal() and int(cell) < store.n_cells:
+        row = int(cell)
+    else:
+        raise DataError(
+            f"There is no cell '{cell}': give a row from 0 to {store.n_cells - 1}, or a name such as '{names[0]}'."
+        )
+    return tokenizer.explain(store.read(np.array([row])))

@@ -1,0 +1,304 @@
+"""`ModelBundle`: all that is needed to use a model, as a folder or inside a checkpoint.
+
+A folder holds config.yaml, model.safetensors, genes.parquet, labels.json (fine-tuned models) and
+model_card.md. A checkpoint (.ckpt) holds the same as plain types beside the state of the optimizer. Neither
+is ever unpickled: checkpoints are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scmodelforge import registry
+from scmodelforge.config import Config
+from scmodelforge.config_io import differences, load_config, to_yaml
+from scmodelforge.errors import ModelError, UserError
+from scmodelforge.files import atomic_path, ensure_writable, write_text
+from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.encoder import TransformerEncoder
+from scmodelforge.models.heads import PredictionHead
+
+CHECKPOINT_KEY = "scmodelforge"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a fine-tuned model predicts.
+
+    Attributes
+    ----------
+    key
+        obs column it was trained on.
+    task
+        "classification" or "regression".
+    classes
+        Names of the classes in the order of the outputs; empty for regression.
+    mean, std
+        Of the training labels, for regression: the model predicts (label - mean) / std.
+    """
+
+    key: str
+    task: str
+    classes: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def n_outputs(self) -> int:
+        """Width of the prediction head."""
+        return len(self.classes) if self.task == "classification" else 1
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A model with what it needs: config, vocabulary and, if fine-tuned, head and labels."""
+
+    config: Config
+    vocab: GeneVocab
+    model: TransformerEncoder
+    labels: Labels | None = None
+    head: PredictionHead | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, as plain types, for a checkpoint."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": self.config.model_dump(mode="json"),
+            "vocab": self.vocab.to_plain(),
+            "labels": None
+            if self.labels is None
+            else {**asdict(self.labels), "classes": list(self.labels.classes)},
+        }
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model, without a fine-tuning head."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def build_model(config: Config, vocab: GeneVocab, seed: int | None = None) -> TransformerEncoder:
+    """A freshly initialised model; `seed` fixes its weights and leaves the global generator alone."""
+    architecture = registry.ARCHITECTURES.load(config.model.architecture)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return architecture(config, vocab)
+
+
+def build_head(config: Config, labels: Labels, seed: int | None = None) -> PredictionHead:
+    """A freshly initialised prediction head for `labels`."""
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return PredictionHead(config.model.hidden_dim, labels.n_outputs, config.finetune.head.dropout)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours with `weights_only=True`.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, damaged, holds objects that are not plain, or is not ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"The checkpoint '{path}' does not exist.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"'{path}' is not a checkpoint of scModelForge: it is no torch file, or holds objects other than "
+            "tensors and plain values, which are never loaded because they could run code."
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise ModelError(
+            f"The checkpoint '{path}' cannot be read: it is damaged or was cut off while it was copied "
+            f"({path.stat().st_size:,} bytes). Copy it again, or use another one (best.ckpt, last.ckpt)."
+        ) from error
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise ModelError(
+            f"'{path}' was not written by scModelForge: it does not hold a config and a gene vocabulary."
+        )
+    return checkpoint
+
+
+def _merge_lora(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """Fold adapters into the weights they adapt: W + scale · B A (Hu et al. 2021)."""
+    merged = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain != name and plain.endswith(".weight"):
+            stem = name.removesuffix("base_layer.weight")
+            adapter = state[f"{stem}lora_B.default.weight"] @ state[f"{stem}lora_A.default.weight"]
+            tensor = tensor + scale * adapter
+        merged[plain] = tensor
+    return merged
+
+
+def _load_weights(module: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Load all tensors; a missing, left-over or misshapen one is an error that names them."""
+    own = module.state_dict()
+    problems = [f"missing: {name}" for name in own.keys() - state.keys()]
+    problems += [f"not part of the model: {name}" for name in state.keys() - own.keys()]
+    problems += [
+        f"{name}: shape {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:10])
+        raise ModelError(
+            f"The weights in '{where}' do not fit the architecture that its config describes "
+            f"({len(problems)} differences):\n  {shown}"
+        )
+    module.load_state_dict(state)
+
+
+def bundle_from_checkpoint(checkpoint: dict[str, Any], where: str) -> ModelBundle:
+    """The model inside a checkpoint that `read_checkpoint` gave; adapters are merged."""
+    plain = checkpoint[CHECKPOINT_KEY]
+    if plain["format_version"] != FORMAT_VERSION:
+        raise ModelError(
+            f"'{where}' has format {plain['format_version']}, this version reads format {FORMAT_VERSION}: "
+            "use the version of scModelForge that wrote it."
+        )
+    try:
+        config = Config.model_validate(plain["config"])
+    except ValidationError as error:
+        raise ModelError(
+            f"The config inside '{where}' does not fit this version: {error.errors()[0]['msg']}"
+        ) from error
+    labels = plain["labels"] and Labels(**{**plain["labels"], "classes": tuple(plain["labels"]["classes"])})
+    state = checkpoint["state_dict"]
+    if config.finetune.lora.enabled and labels:
+        state = _merge_lora(state, config.finetune.lora.alpha / config.finetune.lora.rank)
+    return _assemble(config, GeneVocab.from_plain(plain["vocab"]), labels or None, state, where)
+
+
+def _assemble(
+    config: Config, vocab: GeneVocab, labels: Labels | None, state: dict[str, torch.Tensor], where: str
+) -> ModelBundle:
+    """Build model and head and load `state`, whose keys begin with "model." or "head."."""
+    with torch.device("meta"):
+        model = build_model(config, vocab)
+        head = build_head(config, labels) if labels else None
+    both = nn.ModuleDict({"model": model} | ({"head": head} if head else {})).to_empty(device="cpu")
+    _load_weights(both, state, where)
+    both.eval()
+    return ModelBundle(config, vocab, model, labels, head)
+
+
+def load_model(path: str | Path) -> ModelBundle:
+    """Load a model from a checkpoint (.ckpt) or a model folder, on the CPU and in evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        If it is missing, damaged, or its parts do not fit each other.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return bundle_from_checkpoint(read_checkpoint(path), str(path))
+    for name in ("config.yaml", "model.safetensors", "genes.parquet"):
+        if not (path / name).is_file():
+            raise ModelError(f"'{path}' is not a model folder: it has no {name}.")
+    try:
+        state = load_file(path / "model.safetensors")
+    except SafetensorError as error:
+        raise ModelError(f"'{path / 'model.safetensors'}' is damaged: {error}") from error
+    labels = None
+    if (path / "labels.json").is_file():
+        try:
+            plain = json.loads((path / "labels.json").read_text(encoding="utf-8"))
+            labels = Labels(**{**plain, "classes": tuple(plain["classes"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ModelError(f"'{path / 'labels.json'}' cannot be read: {error}") from error
+    try:
+        config = load_config(path / "config.yaml")
+        vocab = GeneVocab.load(path / "genes.parquet")
+    except UserError as error:
+        raise ModelError(f"The model folder '{path}' is damaged: {error}") from error
+    return _assemble(config, vocab, labels, state, str(path))
+
+
+def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
+    """`config` with the model's own tokenizer, architecture, vocabulary and preprocessing.
+
+    Raises
+    ------
+    ModelError
+        If the config asks for something else; the differences are listed.
+    """
+    have = bundle.config
+    problems = [
+        *differences(config.tokenizer, have.tokenizer, "tokenizer"),
+        *differences(config.model, have.model, "model"),
+        *differences(config.data.preprocessing, have.data.preprocessing, "data.preprocessing"),
+    ]
+    if "gene_vocab" in config.data.model_fields_set and config.data.gene_vocab != have.data.gene_vocab:
+        problems.append(
+            f"data.gene_vocab: {config.data.gene_vocab} in the config, {have.data.gene_vocab} in the model"
+        )
+    if problems:
+        raise ModelError(
+            f"The config contradicts the model in '{where}':\n  "
+            + "\n  ".join(problems)
+            + "\nTake these keys out of the config (the model brings its own), or use another checkpoint."
+        )
+    own = {"preprocessing": have.data.preprocessing, "gene_vocab": have.data.gene_vocab}
+    return config.model_copy(
+        update={
+            "tokenizer": have.tokenizer,
+            "model": have.model,
+            "data": config.data.model_copy(update=own),
+        }
+    )
+
+
+def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Path:
+    """Write a model folder; each file is written whole or not at all. Returns the folder."""
+    folder = ensure_writable(folder)
+    state = {f"model.{name}": tensor.contiguous() for name, tensor in bundle.model.state_dict().items()}
+    if bundle.head is not None:
+        state |= {f"head.{name}": tensor.contiguous() for name, tensor in bundle.head.state_dict().items()}
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"vocabulary": bundle.vocab.fingerprint})
+    bundle.vocab.save(folder / "genes.parquet")
+    if bundle.labels is not None:
+        write_text(folder / "labels.json", json.dumps(bundle.describe()["labels"], indent=2) + "\n")
+    write_text(folder / "config.yaml", to_yaml(bundle.config))
+    write_text(folder / "model_card.md", _model_card(bundle, notes))
+    return folder
+
+
+def _model_card(bundle: ModelBundle, notes: str) -> str:
+    config, vocab = bundle.config, bundle.vocab
+    lines = [
+        f"# {config.model.architecture}, {bundle.n_parameters:,} parameters",
+        "",
+        f"- Tokens: {config.tokenizer.strategy}, at most {config.tokenizer.max_genes} per cell",
+        f"- Genes: {vocab.n_genes:,} ({vocab.name}, species {vocab.species}), fingerprint {vocab.fingerprint[:16]}",
+        f"- Model: {config.model.num_layers} layers × {config.model.hidden_dim}, {config.model.num_heads} heads",
+        f"- Pretraining task: {config.model.pretraining_task}",
+        f"- Data: {', '.join(Path(path).name for path in config.data.paths) or 'in memory'}",
+    ]
+    if bundle.labels is not None:
+        lines.append(f"- Predicts: {bundle.labels.key} ({bundle.labels.task})")
+        if bundle.labels.classes:
+            lines.append(f"- Classes: {', '.join(bundle.labels.classes)}")
+    return "\n".join([*lines, *(["", notes] if notes else []), ""])

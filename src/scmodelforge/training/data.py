@@ -1,0 +1,115 @@
+"""From a config to cells that are ready to train on: store, vocabulary, split, statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+
+from scmodelforge.config import Config
+from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.preprocess import gene_medians, select_hvg
+from scmodelforge.data.split import split_cells
+from scmodelforge.data.store import CellStore, open_store
+from scmodelforge.errors import DataError
+from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Cells, the vocabulary they are aligned to, and who trains and who validates."""
+
+    store: CellStore
+    vocab: GeneVocab
+    train_rows: np.ndarray
+    val_rows: np.ndarray
+
+    def facts(self) -> dict[str, Any]:
+        """Plain facts for run.json and checkpoints; `train_cells` changes when any training cell does."""
+        return {
+            "files": [str(name) for name in self.store.files],
+            "n_cells": self.store.n_cells,
+            "n_train": len(self.train_rows),
+            "n_val": len(self.val_rows),
+            "train_cells": hashlib.sha256(
+                "\n".join(self.store.obs.index[self.train_rows].astype(str)).encode()
+            ).hexdigest(),
+            "vocabulary": self.vocab.fingerprint,
+        }
+
+
+def prepare_data(
+    config: Config,
+    data: AnnData | None = None,
+    vocab: GeneVocab | None = None,
+    labels: np.ndarray | None = None,
+) -> TrainingData:
+    """Open the cells of a config, split them, and measure what the tokenizer needs on the training cells.
+
+    Parameters
+    ----------
+    config
+        The sections `data`, `tokenizer` and `training.seed` are read.
+    data
+        Cells in memory instead of `data.paths`.
+    vocab
+        A vocabulary that is already complete (a checkpoint's); None: made as the config says.
+
+    Raises
+    ------
+    DataError
+        If files, genes or counts cannot be used, or no cell is left to train on.
+    """
+    sources = [data] if data is not None else list(config.data.paths)
+    if not sources:
+        raise DataError("There are no cells to train on: data.paths is empty.")
+    if vocab is not None:
+        store = open_store(sources, vocab, config.data)
+        return _split(config, store, vocab)
+
+    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
+    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
+    vocab = vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
+    store = open_store(sources, vocab, config.data)
+    prepared = _split(config, store, vocab)
+
+    preprocessing = config.data.preprocessing
+    if preprocessing.hvg is not None:
+        kept = select_hvg(store, prepared.train_rows, preprocessing.hvg, preprocessing, config.training.seed)
+        vocab = vocab.subset(kept)
+        prepared = replace(prepared, store=open_store(sources, vocab, config.data), vocab=vocab)
+    if config.tokenizer.gene_medians == "none":
+        return prepared
+    if config.tokenizer.gene_medians == "from_data":
+        log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")
+        medians, statistics = gene_medians(
+            prepared.store, prepared.train_rows, preprocessing.target_sum, preprocessing.normalize
+        )
+        n_empty = len(statistics.empty_rows)
+        if n_empty == len(prepared.train_rows):
+            raise DataError("No training cell has a single count on a gene of the vocabulary.")
+        if n_empty:
+            log.warning(
+                "%s training cells have no gene of the vocabulary: they teach nothing.", f"{n_empty:,}"
+            )
+        unseen = int(np.isnan(medians).sum())
+        if unseen:
+            log.info(
+                "%s of %s vocabulary genes are in no training cell: the model will leave them out of its input.",
+                f"{unseen:,}",
+                f"{vocab.n_genes:,}",
+            )
+    else:
+        medians = read_medians(config.tokenizer.gene_medians, prepared.vocab)
+    return replace(prepared, vocab=prepared.vocab.with_medians(medians))
+
+
+def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:
+    train_rows, val_rows = split_cells(store.obs, config.data.split, config.training.seed)
+    return TrainingData(store, vocab, train_rows, val_rows)

@@ -1,0 +1,88 @@
+"""The Lightning module of pretraining: loss, metrics, optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import nn
+
+from scmodelforge.config import TrainingConfig
+from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
+from scmodelforge.models.objectives import MaskedGenePrediction, TrainingBatch
+from scmodelforge.training.optim import build_optimizer, parameter_groups, resolve_warmup, schedule
+
+
+class TrainingModule(LightningModule):
+    """What pretraining and fine-tuning share: optimizer, schedule, clipping, seeds, what a checkpoint holds.
+
+    `start_seed` of a batch seeds dropout, so a step is a pure function of weights and (seed, epoch, step):
+    a resumed run needs no generator state.
+    """
+
+    def __init__(self, bundle: ModelBundle, training: TrainingConfig) -> None:
+        super().__init__()
+        self.model = bundle.model
+        self.training_config = training
+        self.description = bundle.describe()
+        self.gradient_norm: torch.Tensor | None = None
+
+    def parameter_groups(self) -> list[dict]:
+        """Optimizer groups; one learning rate for all."""
+        return parameter_groups(
+            [self.model], self.training_config.optimizer.lr, self.training_config.optimizer
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.parameter_groups(), self.training_config.optimizer)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = resolve_warmup(self.training_config.scheduler, total)
+        factor = schedule(self.training_config.scheduler, total, warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by global norm, and keep the norm on the device for the log."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(batch.seed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = self.description
+
+    def log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
+        """Log figures that are already reduced over ranks, as PREFIX_NAME."""
+        for name, value in metrics.items():
+            self.log(f"{prefix}_{name}", value, rank_zero_only=True, batch_size=1, prog_bar=name == "loss")
+
+
+class PretrainingModule(TrainingModule):
+    """Pretraining on one task."""
+
+    def __init__(self, bundle: ModelBundle, training: TrainingConfig, task: MaskedGenePrediction) -> None:
+        super().__init__(bundle, training)
+        self.task = task
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> torch.Tensor:
+        loss = self.task(self.model, batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
+        self.sums += self.task.count(self.task(self.model, batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        self.log_metrics("val", self.task.metrics(sums))

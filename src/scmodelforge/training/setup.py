@@ -1,0 +1,230 @@
+"""What a run needs around the model: devices, run folder, loggers, the Lightning trainer, provenance."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+
+from scmodelforge.config import Config, TrainingConfig
+from scmodelforge.config_io import to_yaml
+from scmodelforge.errors import ConfigError, require_extra
+from scmodelforge.files import ensure_writable, write_text
+from scmodelforge.training.callbacks import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    MetricsFile,
+    ProgressLines,
+    Throughput,
+)
+
+log = logging.getLogger(__name__)
+
+VERSIONS_OF = ("scmodelforge", "torch", "lightning", "anndata", "scanpy", "numpy", "scikit-learn", "peft")
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where a run writes."""
+
+    run: Path
+    checkpoints: Path
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint to resume from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint by the validation figure."""
+        return self.checkpoints / "best.ckpt"
+
+
+def check_environment(training: TrainingConfig) -> None:
+    """Refuse, before any data are read, what this machine cannot do.
+
+    Raises
+    ------
+    MissingExtraError
+        If the logger is not installed.
+    ConfigError
+        If the precision needs a GPU and there is none.
+    """
+    if training.logger in ("wandb", "tensorboard"):
+        require_extra(training.logger, training.logger, f"training.logger: {training.logger}")
+    if training.precision == "16-mixed" and accelerator(training)[0] == "cpu":
+        raise ConfigError(
+            "training.precision 16-mixed needs a GPU, and none is used here. Use bf16-mixed or 32-true."
+        )
+
+
+def accelerator(training: TrainingConfig) -> tuple[str, int]:
+    """What to train on: ("gpu", how many) or ("cpu", 1)."""
+    available = torch.cuda.device_count()
+    wanted = available if training.num_gpus is None else training.num_gpus
+    used = min(wanted, available)
+    return ("gpu", used) if used else ("cpu", 1)
+
+
+def prepare_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> RunFolders:
+    """Create the folders of a run; a resumed run goes on in its own.
+
+    Checkpoints of an earlier run in the same folder are moved to a sub-folder `previous`, and that is said.
+
+    Raises
+    ------
+    UserError
+        If a folder cannot be written.
+    """
+    earlier = resume["run_dir"] if resume else None
+    run = Path(training.run_dir or earlier or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    folders = RunFolders(
+        ensure_writable(run), ensure_writable(training.checkpoint_dir or run / "checkpoints")
+    )
+    old = sorted(folders.checkpoints.glob("*.ckpt"))
+    if old and not resume:
+        target = folders.checkpoints / "previous" / f"{datetime.now():%Y%m%d-%H%M%S}"
+        target.mkdir(parents=True)
+        for path in old:
+            path.rename(target / path.name)
+        log.warning("%s held checkpoints of another run: moved to %s.", folders.checkpoints, target)
+    return folders
+
+
+def build_trainer(
+    training: TrainingConfig,
+    folders: RunFolders,
+    *,
+    monitor: str | None,
+    mode: str = "min",
+    wait_seconds: Callable[[], float],
+    resumed_step: int = 0,
+    callbacks: tuple[Callback, ...] = (),
+) -> Trainer:
+    """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
+    kind, count = accelerator(training)
+    if training.num_gpus and (kind, count) != ("gpu", training.num_gpus):
+        found = f"{count} GPU{'s' * (count > 1)}" if kind == "gpu" else "the CPU"
+        log.warning(
+            "training.num_gpus is %d, but only %s can be used here: training on it.", training.num_gpus, found
+        )
+    return Trainer(
+        accelerator=kind,
+        devices=count,
+        strategy="ddp" if count > 1 else "auto",
+        precision=training.precision,
+        max_epochs=training.max_epochs,
+        max_steps=training.max_steps or -1,
+        accumulate_grad_batches=training.accumulate_grad_batches,
+        gradient_clip_val=training.gradient_clip_val,
+        log_every_n_steps=training.log_every_n_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        default_root_dir=folders.run,
+        logger=_loggers(training, folders, resumed_step),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            *callbacks,
+            Throughput(wait_seconds),
+            RichProgressBar(leave=True) if sys.stdout.isatty() else ProgressLines(),
+            BestCheckpoint(folders.checkpoints, monitor, mode, training.save_top_k),
+            LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
+        ],
+    )
+
+
+def _loggers(training: TrainingConfig, folders: RunFolders, resumed_step: int) -> list[Logger]:
+    loggers: list[Logger] = [MetricsFile(folders.run / "metrics.csv", resumed_step)]
+    if training.logger == "tensorboard":
+        loggers.append(TensorBoardLogger(folders.run, name="tensorboard", version=""))
+    if training.logger == "wandb":
+        import wandb
+
+        offline = not wandb.login(prompt=False)
+        if offline:
+            log.warning(
+                "No Weights & Biases account is set up: the run is logged offline into %s ('wandb sync' uploads it).",
+                folders.run / "wandb",
+            )
+        loggers.append(
+            WandbLogger(
+                project=training.wandb_project, name=folders.run.name, save_dir=folders.run, offline=offline
+            )
+        )
+    return loggers
+
+
+class _Notes(logging.Handler):
+    """Collects what was said to the user, for run.json."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """Yield a list that fills with every warning of ours while the block runs."""
+    handler = _Notes()
+    logger = logging.getLogger("scmodelforge")
+    logger.addHandler(handler)
+    try:
+        yield handler.messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def write_provenance(folders: RunFolders, config: Config, facts: dict[str, Any]) -> None:
+    """Write config.yaml (every default written out) and run.json (versions, hardware, data, command line)."""
+    write_text(folders.run / "config.yaml", to_yaml(config))
+    versions = {}
+    for package in VERSIONS_OF:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    record = {
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git": _git_commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": {"platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpus": gpus},
+        "seed": config.training.seed,
+        **facts,
+    }
+    write_text(folders.run / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _git_commit() -> str | None:
+    """The commit of the user's working directory, if it is a git repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:  # no git
+        return None
+    return answer.stdout.strip() or None
