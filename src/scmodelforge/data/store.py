@@ -1,0 +1,185 @@
+"""`CellStore`: many matrices as one, in the gene space of a vocabulary.
+
+Cells are numbered through all files. What is read is checked, and mapped to the vocabulary one batch at a
+time: genes outside are dropped after they counted for the library size, several columns of one gene summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from scmodelforge.config import DataConfig
+from scmodelforge.data import check
+from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
+from scmodelforge.errors import DataError
+from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
+from scmodelforge.genes.vocab import GeneVocab
+
+ALL_CACHES_BYTES = 512 * 2**20  # shared by the chunk caches of all files
+
+
+class CellStore:
+    """Cells of one or many matrices; made by `open_store`.
+
+    Attributes
+    ----------
+    vocab
+        The vocabulary that `CellBatch.gene_ids` point into.
+    matrices, matches
+        The matrix of each file, and how its genes meet the vocabulary.
+    files
+        Their names.
+    offsets
+        int64 (n_files + 1): file `i` holds the cells `offsets[i]:offsets[i + 1]`.
+    n_cells
+        Number of cells.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], matches: Sequence[GeneMatch], vocab: GeneVocab) -> None:
+        self.vocab = vocab
+        self.matrices, self.matches = list(matrices), list(matches)
+        self.files = [matrix.name for matrix in self.matrices]
+        self.offsets = np.cumsum([0, *(matrix.n_cells for matrix in self.matrices)])
+        self.n_cells = int(self.offsets[-1])
+        self.sampled: list[check.Sample] = []
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """Annotations of all cells, under their own names: the union of columns, NaN where a file has none."""
+        frames = [matrix.obs for matrix in self.matrices]
+        return frames[0] if len(frames) == 1 else pd.concat(frames, join="outer")
+
+    def read(self, rows: np.ndarray) -> CellBatch:
+        """Read cells in the order given; callable from several threads.
+
+        Parameters
+        ----------
+        rows
+            int64 in [0, n_cells), in any order, repeats allowed.
+
+        Raises
+        ------
+        DataError
+            If a count is negative, NaN or infinite (file, cell and gene are named), or a file is damaged.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.n_cells:
+            raise IndexError(f"rows must lie in [0, {self.n_cells})")
+        file_of_row = np.searchsorted(self.offsets, rows, side="right") - 1
+        order = np.argsort(file_of_row, kind="stable")
+        parts, libraries = [], []
+        for file in np.unique(file_of_row):
+            local = rows[order[file_of_row[order] == file]] - self.offsets[file]
+            part, library = self._read_file(int(file), local)
+            parts.append(part)
+            libraries.append(library)
+        if len(parts) == 1:
+            block, library_size = parts[0], libraries[0]
+        else:
+            back = np.argsort(order)
+            block, library_size = _concatenate(parts).take(back), np.concatenate([*libraries, ()])[back]
+        return CellBatch(block.indptr, block.indices, block.data, library_size.astype(np.float32), rows)
+
+    def _read_file(self, file: int, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """Return vocabulary rows and counts of cells of one file, and their library sizes (float64)."""
+        matrix = self.matrices[file]
+        block = matrix.read(rows)
+        check.require_finite(matrix, rows, block)
+        return to_vocabulary(block, self.matches[file], self.vocab.n_genes), check.row_sums(block)
+
+    def gene_report(self) -> pd.DataFrame:
+        """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`."""
+        tables = (match.table.assign(file=file) for file, match in zip(self.files, self.matches, strict=True))
+        report = pd.concat(tables, ignore_index=True)
+        return report[["file", *report.columns.drop("file")]]
+
+    def describe(self) -> list[str]:
+        """Return a line for each file: its size, what it holds, and how much of it the vocabulary covers."""
+        return [
+            f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
+            f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts"
+            for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close all files; the store cannot be read after that."""
+        for matrix in self.matrices:
+            matrix.close()
+
+
+def open_store(
+    sources: Sequence[Source], vocab: GeneVocab, config: DataConfig, require_counts: bool = True
+) -> CellStore:
+    """Open matrices as one store, and refuse early what cannot be trained on.
+
+    Parameters
+    ----------
+    sources
+        Paths of .h5ad files, or AnnData objects; their genes may differ.
+    vocab
+        The vocabulary to align to.
+    config
+        `layer`, `gene_column` and `min_gene_overlap` are read.
+    require_counts
+        Refuse matrices that do not look like raw counts.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read, does not hold raw counts (as a sample of its cells shows), or less than
+        `min_gene_overlap` of its counts is on genes of the vocabulary.
+    """
+    if not sources:
+        raise DataError("There are no cells: no data file is given (data.paths).")
+    cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * len(sources)))
+    matrices = [open_matrix(source, config.layer, cache) for source in sources]
+    matches = [match_genes(matrix.var, vocab, config.gene_column) for matrix in matrices]
+    store = CellStore(matrices, matches, vocab)
+    for matrix, match in zip(matrices, matches, strict=True):
+        sample = check.sample_matrix(matrix, match)
+        if require_counts:
+            check.require_counts(matrix, sample.state)
+        if sample.share < config.min_gene_overlap:
+            raise DataError(
+                f"'{matrix.name}': only {sample.share:.1%} of its counts are on genes of the vocabulary "
+                f"'{vocab.name}'; data.min_gene_overlap asks for {config.min_gene_overlap:.1%}.\n"
+                f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
+            )
+        store.sampled.append(sample)
+    return store
+
+
+def to_vocabulary(block: Rows, match: GeneMatch, n_genes: int) -> Rows:
+    """Map entries of a file to vocabulary rows: others dropped, duplicates summed, genes ascending.
+
+    Returns
+    -------
+    indptr int64, indices int32 (rows of the vocabulary) and data float32.
+    """
+    genes = match.gene_index[block.indices]
+    block = Rows(block.indptr, genes, block.data).keep(genes >= 0)
+    mapped = sparse.csr_matrix(
+        (block.data, block.indices, block.indptr), shape=(len(block.indptr) - 1, n_genes)
+    )
+    if not mapped.has_canonical_format:
+        mapped = mapped.tocsc().tocsr()  # a counting sort, several times faster than sorting
+        mapped.sum_duplicates()
+    return Rows(mapped.indptr.astype(np.int64), mapped.indices.astype(np.int32, copy=False), mapped.data)
+
+
+def _concatenate(parts: Sequence[Rows]) -> Rows:
+    if not parts:
+        return Rows(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    return Rows(
+        indptr,
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([part.data for part in parts]),
+    )
