@@ -1,170 +1,262 @@
-"""What is in this file, and can we train on it?
+"""What is in this file, and can we train on it? The report behind `scmodelforge check`.
 
-Rank encoding and count models need raw counts. Whether a matrix holds them is told from a sample of its cells
-before anything long starts; `check_data` (the command `scmodelforge check`) looks at every cell and says all
-that it finds in one report.
+Every cell is looked at once, in blocks, so memory stays flat; nothing here raises because of what the cells
+hold: all problems are collected into one report, with what to do about each.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from scmodelforge.data.h5ad import Matrix, Rows, matrix_places, open_matrix
-from scmodelforge.errors import DataError
-from scmodelforge.genes.identifiers import GeneMatch
+from scmodelforge.config import DataConfig
+from scmodelforge.config_io import Suggestions
+from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
+from scmodelforge.data.state import locate, matrix_state, row_sums
+from scmodelforge.data.store import to_vocabulary
+from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
+from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
 
-SAMPLE_CELLS = 1000
 BLOCK_CELLS = 1024
-LOG_MAX = 15.0  # natural or binary logarithms of counts stay below; counts and normalized values rarely do
-CONSTANT = 1e-3  # relative spread of cell totals below which they were made equal
-LABEL_NAMES = (
-    "cell_type",
-    "celltype",
-    "cell_types",
-    "celltypes",
-    "cell_ontology_class",
-    "cell_label",
-    "bulk_labels",
-)
-LABEL_WORDS = ("cell_type", "celltype", "label", "annotation", "cluster", "louvain", "leiden", "perturbation")
-GROUP_WORDS = ("donor", "patient", "subject", "individual", "batch", "sample", "library")
-MAX_CLASSES = 200  # a column with more distinct values is not taken for labels
-
-Kind = Literal["counts", "log1p", "normalized", "scaled", "fractional", "empty", "invalid"]
+QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+MAX_CLASSES = 200  # a column with more distinct values is no label
+SHOWN_CLASSES = 8
+MISSING = "(missing)"
+LABEL_WORDS = ("cell_type", "celltype", "cell_label", "label", "annotation", "cluster", "louvain", "leiden")
+GROUP_WORDS = ("donor", "patient", "subject", "individual", "sample", "batch", "library")
+BATCH_WORDS = ("batch", "library", "dataset", "sample", "donor", "patient")
+SMALL_DATA = 20_000  # cells; below, a small transformer is suggested
+SMALL_MODEL = {"hidden_dim": 128, "num_layers": 4, "num_heads": 4}
 
 
-class MatrixState(NamedTuple):
-    """What kind of numbers a matrix holds, and a few words on why we think so."""
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_data` found.
 
-    kind: Kind
-    detail: str
+    Attributes
+    ----------
+    name, n_cells, n_genes, storage
+        The matrix that training would read.
+    states
+        Place ("X", "layer 'NAME'", "raw") → what it holds.
+    genes
+        How its genes meet the vocabulary, in a sentence.
+    share
+        Share of the counts that is on genes of the vocabulary.
+    n_duplicates
+        Columns whose gene another column has as well; their counts are summed.
+    n_empty, n_without_genes
+        Cells without any count, and cells without a count on a gene of the vocabulary.
+    genes_per_cell, library_size
+        Quantiles over the cells: vocabulary genes with a count, and counts over all genes.
+    columns
+        obs columns with few distinct values → cells of each value, "(missing)" for none.
+    problems
+        What stands in the way of training, each with what to do; empty if nothing does.
+    suggestions
+        Values for a starter config.
+    """
 
-
-class Sample(NamedTuple):
-    """What some cells of a matrix show: its state, and the share of their counts on vocabulary genes."""
-
-    state: MatrixState
+    name: str
+    n_cells: int
+    n_genes: int
+    storage: str
+    states: dict[str, str]
+    genes: str
     share: float
+    n_duplicates: int
+    n_empty: int
+    n_without_genes: int
+    genes_per_cell: dict[str, float]
+    library_size: dict[str, float]
+    columns: dict[str, dict[str, int]]
+    problems: list[str]
+    suggestions: Suggestions
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain types."""
+        return asdict(
+            replace(self, suggestions=replace(self.suggestions, model=dict(self.suggestions.model)))
+        )
+
+    def lines(self) -> list[str]:
+        """Return the report for people."""
+        out = [f"{self.name}: {self.n_cells:,} cells × {self.n_genes:,} genes ({self.storage})"]
+        out += [f"  {place}: {state}" for place, state in self.states.items()]
+        out += [f"  genes: {self.genes}", f"  counts on vocabulary genes: {self.share:.1%}"]
+        out += [f"  vocabulary genes per cell: {_quantile_text(self.genes_per_cell)}"]
+        out += [f"  library size (all genes):  {_quantile_text(self.library_size)}"]
+        if self.n_empty:
+            out.append(f"  {self.n_empty:,} cells have no count at all")
+        if self.n_without_genes > self.n_empty:
+            out.append(f"  {self.n_without_genes:,} cells have no count on a gene of the vocabulary")
+        out += [f"  obs['{column}']: {_class_text(counts)}" for column, counts in self.columns.items()]
+        if not self.problems:
+            return [*out, "Ready to train."]
+        return [*out, "Not ready to train:", *(f"  - {problem}" for problem in self.problems)]
 
 
-def row_sums(block: Rows) -> np.ndarray:
-    """Return the float64 sum of each row: float32 sums would lose counts above 2**24."""
-    row = np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
-    return np.bincount(row, weights=block.data, minlength=len(block.indptr) - 1)
+def check(source: Source, config: DataConfig) -> CheckReport:
+    """Look at every cell of one file, with the vocabulary that the config names.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or the vocabulary or gene column does not exist.
+    """
+    matrix = open_matrix(source, config.layer)
+    return check_data(source, resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column), config)
 
 
-def _where(matrix: Matrix, rows: np.ndarray, block: Rows, bad: np.ndarray) -> str:
-    """Name value, cell and gene of the first bad entry."""
-    entry = int(np.flatnonzero(bad)[0])
-    cell = matrix.obs.index[rows[np.searchsorted(block.indptr, entry, side="right") - 1]]
-    return f"{block.data[entry]:g} in cell '{cell}', gene '{matrix.var.index[block.indices[entry]]}'"
-
-
-def require_finite(matrix: Matrix, rows: np.ndarray, block: Rows) -> None:
-    """Raise `DataError` naming file, cell and gene if a value is negative, NaN or infinite.
+def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckReport:
+    """Look at every cell of one file.
 
     Parameters
     ----------
-    matrix, rows, block
-        `block` is what `matrix.read(rows)` returned.
+    source
+        Path of an .h5ad file, or an AnnData.
+    vocab
+        The vocabulary to train with.
+    config
+        `layer`, `gene_column` and `min_gene_overlap` are read.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or the layer or gene column does not exist.
     """
-    if block.data.size and not (block.data.min() >= 0 and block.data.max() < np.inf):
-        bad = ~((block.data >= 0) & (block.data < np.inf))
-        raise DataError(
-            f"'{matrix.name}': {matrix.place} holds {_where(matrix, rows, block, bad)}.\n"
-            "Counts are finite and not negative: mend or remove these cells, or name the raw counts with data.layer."
+    matrix = open_matrix(source, config.layer)
+    match = match_genes(matrix.var, vocab, config.gene_column)
+    matrices = [matrix] + [open_matrix(source, p) for p in matrix_places(source) if p != config.layer]
+    states = {each.place: matrix_state(each) for each in matrices}
+    counted = [each.layer for each in matrices if states[each.place].kind == "counts"]
+
+    cells = _full_pass(matrix, match, vocab)
+    share = float(cells.inside / cells.library.sum()) if cells.library.sum() > 0 else 0.0
+    problems = []
+    if config.layer not in counted:
+        remedy = "No other place in the file holds raw counts: use it as it was before normalization."
+        if counted:
+            layer = "null" if counted[0] is None else counted[0]
+            remedy = f"Raw counts are in the same file: set data.layer: {layer}."
+        problems.append(
+            f"{matrix.place} does not hold raw counts, but {states[matrix.place].detail}. {remedy}"
         )
-
-
-def matrix_state(matrix: Matrix, n: int = SAMPLE_CELLS) -> MatrixState:
-    """Tell raw counts from transformed values, by up to `n` evenly spaced cells.
-
-    counts: whole numbers; log1p: logarithms; normalized: cells scaled to a total; scaled: negative values
-    (z-scores); fractional: other fractions; empty: zeros only; invalid: NaN, infinite, or negative whole numbers.
-    """
-    rows = _evenly(matrix, n)
-    return _state(matrix, rows, matrix.read(rows))
-
-
-def sample_matrix(matrix: Matrix, match: GeneMatch, n: int = SAMPLE_CELLS) -> Sample:
-    """Return the state of a matrix and the share of counts on vocabulary genes, by `n` evenly spaced cells."""
-    rows = _evenly(matrix, n)
-    block = matrix.read(rows)
-    state = _state(matrix, rows, block)
-    total = block.data.sum(dtype=np.float64)
-    inside = block.data[match.gene_index[block.indices] >= 0].sum(dtype=np.float64)
-    return Sample(state, float(inside / total) if total else 0.0)
-
-
-def _evenly(matrix: Matrix, n: int) -> np.ndarray:
-    return np.unique(np.linspace(0, matrix.n_cells - 1, min(n, matrix.n_cells)).astype(np.int64))
-
-
-def _state(matrix: Matrix, rows: np.ndarray, block: Rows) -> MatrixState:
-    values = block.data.astype(np.float64)
-    if not values.size:
-        return MatrixState("empty", "zeros only")
-    if not np.isfinite(values).all():
-        place = _where(matrix, rows, block, ~np.isfinite(values))
-        return MatrixState("invalid", f"values that are not finite ({place})")
-    whole = bool((values == np.rint(values)).all())
-    if values.min() < 0:
-        place = _where(matrix, rows, block, values < 0)
-        if whole:
-            return MatrixState("invalid", f"negative whole numbers ({place})")
-        return MatrixState("scaled", f"negative values, as scaling leaves them ({place})")
-    if whole:
-        return MatrixState("counts", f"raw counts (whole numbers up to {values.max():,.0f})")
-    top = f"fractions up to {values.max():,.4g}"
-    if total := _constant(row_sums(block)):
-        return MatrixState("normalized", f"normalized values ({top}, each cell adds up to {total:,.6g})")
-    if values.max() < LOG_MAX:
-        total = _constant(row_sums(block._replace(data=np.expm1(values))))
-        detail = f", log1p of {total:,.6g} a cell" if total else ""
-        return MatrixState("log1p", f"log-transformed values ({top}{detail})")
-    smallest = np.minimum.reduceat(values, block.indptr[:-1][np.diff(block.indptr) > 0])
-    ratio = values / np.repeat(smallest, np.diff(block.indptr)[np.diff(block.indptr) > 0])
-    if np.mean(np.abs(ratio - np.rint(ratio)) < 0.01) > 0.95:
-        return MatrixState(
-            "normalized", f"normalized values ({top}, multiples of each cell's smallest value)"
+    elif cells.n_bad:
+        problems.append(
+            f"{cells.n_bad:,} values of {matrix.place} are no counts (negative, fractional, NaN or infinite), the "
+            f"first is {cells.first_bad}: mend or remove these cells."
         )
-    return MatrixState("fractional", f"fractions that are neither counts nor their logarithms ({top})")
-
-
-def _constant(sums: np.ndarray) -> float:
-    """Return the common value of what is positive, 0 if there is none."""
-    sums = sums[sums > 0]
-    return float(np.median(sums)) if len(sums) > 1 and np.ptp(sums) < CONSTANT * np.median(sums) else 0.0
-
-
-def require_counts(matrix: Matrix, state: MatrixState | None = None) -> None:
-    """Raise `DataError` unless the matrix holds raw counts; say where in the same file they are, if anywhere.
-
-    Parameters
-    ----------
-    matrix
-        The matrix to use.
-    state
-        Its `matrix_state`, if known already.
-    """
-    state = state or matrix_state(matrix)
-    if state.kind == "counts":
-        return
-    message = f"'{matrix.name}': {matrix.place} does not hold raw counts, but {state.detail}.\n"
-    if found := counts_elsewhere(matrix):
-        places = " or ".join(f"data.layer: {'null' if layer is None else layer}" for layer in found)
-        raise DataError(f"{message}Raw counts are in the same file: set {places}.")
-    raise DataError(
-        f"{message}No layer and no .raw of it holds raw counts either. Use the file as it was before "
-        "normalization, or store the counts in a layer and name it with data.layer."
+    if share < config.min_gene_overlap:
+        problems.append(
+            f"only {share:.1%} of the counts are on genes of the vocabulary '{vocab.name}', below "
+            f"data.min_gene_overlap ({config.min_gene_overlap:.1%}). {likely_cause(match, vocab, matrix.var)}"
+        )
+    best_layer = config.layer if config.layer in counted or not counted else counted[0]
+    columns = _columns(matrix.obs)
+    return CheckReport(
+        name=matrix.name,
+        n_cells=matrix.n_cells,
+        n_genes=matrix.n_genes,
+        storage=matrix.storage,
+        states={place: state.detail for place, state in states.items()},
+        genes=match.summary(),
+        share=share,
+        n_duplicates=match.n_duplicates,
+        n_empty=int((cells.library == 0).sum()),
+        n_without_genes=int((cells.n_genes == 0).sum()),
+        genes_per_cell=_quantiles(cells.n_genes),
+        library_size=_quantiles(cells.library),
+        columns=columns,
+        problems=problems,
+        suggestions=_suggest(matrix, best_layer, columns),
     )
 
 
-def counts_elsewhere(matrix: Matrix) -> list[str | None]:
-    """Return the other places of the same source that hold raw counts, as values for `data.layer`."""
-    places = [place for place in matrix_places(matrix.source) if place != matrix.layer]
-    return [
-        place for place in places if matrix_state(open_matrix(matrix.source, place), 200).kind == "counts"
-    ]
+@dataclass(frozen=True)
+class _Cells:
+    """Over all cells: library sizes, vocabulary genes, counts on these, and values that are no counts."""
+
+    library: np.ndarray
+    n_genes: np.ndarray
+    inside: float
+    n_bad: int
+    first_bad: str
+
+
+def _full_pass(matrix: Matrix, match: GeneMatch, vocab: GeneVocab) -> _Cells:
+    library, n_genes = np.zeros(matrix.n_cells), np.zeros(matrix.n_cells, dtype=np.int32)
+    inside, n_bad, first_bad = 0.0, 0, ""
+    for start in range(0, matrix.n_cells, BLOCK_CELLS):
+        rows = np.arange(start, min(start + BLOCK_CELLS, matrix.n_cells))
+        block = matrix.read(rows)
+        good = (block.data > 0) & (block.data < np.inf)
+        bad = ~good | (block.data != np.rint(block.data))
+        if bad.any():
+            first_bad = first_bad or locate(matrix, rows, block, bad)
+            n_bad += int(bad.sum())
+            block = block.keep(good)
+        mapped = to_vocabulary(block, match, vocab.n_genes)
+        library[rows], n_genes[rows] = row_sums(block), np.diff(mapped.indptr)
+        inside += float(mapped.data.sum(dtype=np.float64))
+    return _Cells(library, n_genes, inside, n_bad, first_bad)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    return {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+
+
+def _quantile_text(quantiles: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items())
+
+
+def _class_text(counts: dict[str, int]) -> str:
+    classes = [f"{name} {n:,}" for name, n in counts.items() if name != MISSING]
+    shown = ", ".join(classes[:SHOWN_CLASSES]) + (", …" if len(classes) > SHOWN_CLASSES else "")
+    missing = f"; {counts[MISSING]:,} missing" if MISSING in counts else ""
+    return f"{len(classes)} values ({shown}){missing}"
+
+
+def _columns(obs: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Return cells of each value, for the obs columns that have few of them."""
+    out = {}
+    for name in obs.columns:
+        values = obs[name]
+        if pd.api.types.is_float_dtype(values.dtype):
+            continue
+        counts = values.value_counts()
+        counts = counts[counts > 0]
+        if 2 <= len(counts) <= min(MAX_CLASSES, max(2, len(obs) // 2)):
+            out[str(name)] = {str(value): int(n) for value, n in counts.items()}
+            if missing := int(values.isna().sum()):
+                out[str(name)][MISSING] = missing
+    return out
+
+
+def _first(columns: Sequence[str], words: Sequence[str]) -> str | None:
+    """Return the first column that is one of the words, else the first that contains one."""
+    exact = (c for word in words for c in columns if c.lower() == word)
+    inside = (c for word in words for c in columns if word in c.lower())
+    return next(exact, None) or next(inside, None)
+
+
+def _suggest(matrix: Matrix, layer: str | None, columns: dict[str, dict[str, int]]) -> Suggestions:
+    best = max(
+        (predefined(f"{species}_protein_coding") for species in ("human", "mouse")),
+        key=lambda vocab: match_genes(matrix.var, vocab).n_matched,
+    )
+    known = match_genes(matrix.var, best).n_matched
+    label = _first(list(columns), LABEL_WORDS)
+    others = [column for column in columns if column != label]
+    return Suggestions(
+        layer=layer,
+        gene_vocab=best.name if known >= 0.1 * matrix.n_genes else "from_data",
+        label_key=label,
+        batch_key=_first(others, BATCH_WORDS),
+        group_key=_first(others, GROUP_WORDS),
+        model=SMALL_MODEL if matrix.n_cells < SMALL_DATA else {},
+    )

@@ -96,7 +96,7 @@ class Matrix:
         if not self.n_cells or not self.n_genes:
             what = "cells" if not self.n_cells else "genes"
             raise DataError(
-                f"'{self.name}' has no {what}: {self.place} has the shape {self.n_cells:,} × {self.n_genes:,}.\n"
+                f"'{self.name}' has no {what}: {self.place} is {self.n_cells:,} × {self.n_genes:,}.\n"
                 "Check the filters that it went through, or leave this file out."
             )
 

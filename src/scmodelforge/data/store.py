@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from scmodelforge.config import DataConfig
-from scmodelforge.data import check
+from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
 from scmodelforge.errors import DataError
@@ -47,11 +47,11 @@ class CellStore:
         self.files = [matrix.name for matrix in self.matrices]
         self.offsets = np.cumsum([0, *(matrix.n_cells for matrix in self.matrices)])
         self.n_cells = int(self.offsets[-1])
-        self.sampled: list[check.Sample] = []
+        self.sampled: list[state.Sample] = []
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """Annotations of all cells, under their own names: the union of columns, NaN where a file has none."""
+        """Annotations of all cells under their own names: the union of columns, NaN where a file has none."""
         frames = [matrix.obs for matrix in self.matrices]
         return frames[0] if len(frames) == 1 else pd.concat(frames, join="outer")
 
@@ -90,8 +90,8 @@ class CellStore:
         """Return vocabulary rows and counts of cells of one file, and their library sizes (float64)."""
         matrix = self.matrices[file]
         block = matrix.read(rows)
-        check.require_finite(matrix, rows, block)
-        return to_vocabulary(block, self.matches[file], self.vocab.n_genes), check.row_sums(block)
+        state.require_finite(matrix, rows, block)
+        return to_vocabulary(block, self.matches[file], self.vocab.n_genes), state.row_sums(block)
 
     def gene_report(self) -> pd.DataFrame:
         """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`."""
@@ -142,9 +142,9 @@ def open_store(
     matches = [match_genes(matrix.var, vocab, config.gene_column) for matrix in matrices]
     store = CellStore(matrices, matches, vocab)
     for matrix, match in zip(matrices, matches, strict=True):
-        sample = check.sample_matrix(matrix, match)
+        sample = state.sample_matrix(matrix, match)
         if require_counts:
-            check.require_counts(matrix, sample.state)
+            state.require_counts(matrix, sample.state)
         if sample.share < config.min_gene_overlap:
             raise DataError(
                 f"'{matrix.name}': only {sample.share:.1%} of its counts are on genes of the vocabulary "
