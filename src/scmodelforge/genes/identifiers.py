@@ -1,32 +1,27 @@
 """Which gene of the vocabulary is each row of `var`? Ensembl ids and symbols, as files really spell them.
 
-Every name is first recognised among all genes that are known (the tables of the vocabulary's species and the
-vocabulary's own genes), then looked up in the vocabulary: so a gene that is left out is told from a name that
-nobody knows. A name goes through these steps and stops at the first that knows it: Ensembl id (version, `_PAR_Y`
-and anything around it removed), symbol, earlier symbol, the same with what scanpy or R did to it repaired, and at
-last without regard to case. What names several genes is not matched.
+Every name is first recognised among all known genes (`names.py` says how), then looked up in the vocabulary:
+so a gene that is left out is told from a name that nobody knows.
 
-All steps are look-ups of whole columns; 36,000 names take about 0.1 s, the first use of a vocabulary 0.5 s more.
+One column is chosen for the file; rows that it leaves unknown are looked up in the file's other columns of
+names, since Ensembl retires ids (CCL5 and SOD2 had others in 2014) and some tools leave them blank.
 """
 
 from __future__ import annotations
 
 import difflib
-import logging
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from scmodelforge.errors import DataError
-from scmodelforge.genes.tables import ID_PREFIX, SPECIES, load_table
+from scmodelforge.genes.names import Reference, recognise, reference_of, reference_of_species
+from scmodelforge.genes.tables import SPECIES
 
 if TYPE_CHECKING:
     from scmodelforge.genes.vocab import GeneVocab
-
-logger = logging.getLogger(__name__)
 
 PREFERRED_COLUMNS = (
     "feature_id",
@@ -40,9 +35,7 @@ PREFERRED_COLUMNS = (
     "gene_short_name",
     "symbol",
 )
-ENSEMBL_ID = r"(ENS[A-Z]{0,4}G\d{11}|ENSGR\d{10})"  # ENSGR: the Y copies of pseudoautosomal genes, before 2021
-GENOME_PREFIX = r"^(?:GRCh3[78]|hg19|hg38|GRCm3[89]|mm10|mm39)_+"
-AMBIGUOUS = -2
+NEARLY_ALL = 0.95  # Ensembl ids are taken when they find this share of what the best column finds
 
 
 @dataclass(frozen=True)
@@ -52,17 +45,17 @@ class GeneMatch:
     Attributes
     ----------
     column
-        The column of var that was read; "index" for var_names.
+        The column of var that was chosen; "index" for var_names.
     kind
-        "ensembl" or "symbol": what most of the matched names are.
+        "ensembl" or "symbol": what this column holds.
     gene_index
         int32 (n_var): row of the vocabulary, or -1.
     table
-        One row per var entry: `var_name` (as in var_names), `used` (the name that was looked up), `gene_id` and
-        `symbol` of the gene recognised ("" if none), and `reason`. Reasons of a match: "Ensembl id", "symbol",
-        "previous symbol", "repaired name", "other case", "own name" (a name of the vocabulary that is neither).
-        Reasons against: "not in the vocabulary: BIOTYPE", "ambiguous symbol", "unknown Ensembl id",
-        "unknown name", "no name".
+        One row per var entry: `var_name`, `used` (the name that was looked up), `gene_id` and `symbol` of the
+        gene recognised ("" if none), and `reason`. Reasons of a match: "Ensembl id", "symbol", "previous
+        symbol", "repaired name", "other case", "own name" (the vocabulary's own, neither of these). Reasons
+        against: "not in the vocabulary: BIOTYPE", "ambiguous symbol", "unknown Ensembl id", "unknown name",
+        "no name".
     """
 
     column: str
@@ -111,24 +104,21 @@ def match_genes(var: pd.DataFrame, vocab: GeneVocab, column: str | None = None) 
     vocab
         The vocabulary to match with.
     column
-        Column with Ensembl ids or symbols, "index" for var_names. By default the index and all text columns are
-        tried, and the one that finds most vocabulary genes is taken (Ensembl ids first if several do).
+        Column with Ensembl ids or symbols, "index" for var_names; nothing else is read then. By default the
+        index and all text columns are tried: the one that finds most vocabulary genes is taken, or Ensembl
+        ids if they find nearly as many, and names that it leaves unknown are looked up in the others.
 
     Raises
     ------
     DataError
         If `column` does not exist.
     """
-    reference = _reference(vocab)
-    best: tuple[tuple[int, bool, int], GeneMatch] | None = None
-    for name in _candidates(var, column):
-        match = _match_column(var, name, reference)
-        rank = -PREFERRED_COLUMNS.index(name) if name in PREFERRED_COLUMNS else -len(PREFERRED_COLUMNS)
-        score = (match.n_genes, match.kind == "ensembl", rank)
-        if best is None or score > best[0]:
-            best = score, match
-    assert best is not None  # the index is always a candidate
-    return best[1]
+    return _match(var, reference_of(vocab), column)
+
+
+def match_species(var: pd.DataFrame, species: str, column: str | None = None) -> GeneMatch:
+    """Find each row of `var` among all genes of `load_table(species)`, as `match_genes` does."""
+    return _match(var, reference_of_species(species), column)
 
 
 def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
@@ -141,36 +131,33 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
     vocab, var
         What it was called with.
     """
-    from scmodelforge.genes.vocab import predefined, whole_table
-
-    n_var = max(len(var), 1)
-    if (free := match_genes(var, vocab)).n_genes > max(2 * match.n_genes, 0.1 * n_var):
+    if (free := match_genes(var, vocab)).n_genes > max(2 * match.n_genes, 0.1 * len(var)):
         return (
             f"{_place(match.column)} matches {match.n_genes:,} genes, but {_place(free.column)} matches "
             f"{free.n_genes:,}: set data.gene_column: {free.column}, or leave it out."
         )
-    known = {species: match_genes(var, whole_table(species)) for species in SPECIES}
-    species = max(SPECIES, key=lambda name: known[name].n_matched)
+    known = {species: match_species(var, species) for species in SPECIES}
+    species = max(SPECIES, key=lambda name: known[name].n_genes)
     found = known[species]
-    kind = "Ensembl ids" if found.kind == "ensembl" else "symbols"
-    if found.n_matched < 0.1 * n_var:
+    if found.n_genes < 0.1 * len(var):
         shown = ", ".join(repr(str(name)) for name in match.table.used.head(3))
         return (
-            f"The names in {_place(match.column)} ({shown}, …) are neither Ensembl ids nor symbols of human or mouse "
-            "genes. Name the var column that holds them with data.gene_column; if the genes are of another "
-            "species or of your own, set data.gene_vocab: from_data."
+            f"The names in {_place(match.column)} ({shown}, …) are neither Ensembl ids nor symbols of human "
+            "or mouse genes. Name the var column that holds them with data.gene_column; if the genes are of "
+            "another species or your own, set data.gene_vocab: from_data."
         )
-    coding = predefined(f"{species}_protein_coding")
+    kind = "Ensembl ids" if found.kind == "ensembl" else "symbols"
     if vocab.species in SPECIES and vocab.species != species:
         return (
-            f"The genes look like {species} ({found.n_matched:,} of {len(var):,} are known {species} {kind}, in "
-            f"{_place(found.column)}), but the vocabulary '{vocab.name}' is {vocab.species}: set data.gene_vocab: "
-            f"{coding.name}."
+            f"The genes look like {species} ({found.n_matched:,} of {len(var):,} are known {species} genes, "
+            f"by {kind} in {_place(found.column)}), but the vocabulary '{vocab.name}' is {vocab.species}: "
+            f"set data.gene_vocab: {species}_protein_coding."
         )
     return (
-        f"{found.n_matched:,} of {len(var):,} genes are known {species} {kind}, but the vocabulary '{vocab.name}' "
-        f"has only {match.n_genes:,} of them (its size is {vocab.n_genes:,}): it is too small or made for other genes. "
-        f"Set data.gene_vocab: {coding.name} or from_data."
+        f"{found.n_matched:,} of {len(var):,} genes are known {species} genes (by {kind} in "
+        f"{_place(found.column)}), but the vocabulary '{vocab.name}' has only {match.n_genes:,} of them: "
+        f"with {vocab.n_genes:,} genes it is too small, or made for other data. Set data.gene_vocab: "
+        f"{species}_protein_coding or from_data."
     )
 
 
@@ -206,154 +193,69 @@ def _is_text(values: pd.Series) -> bool:
     return bool(pd.api.types.is_string_dtype(kind) or pd.api.types.is_object_dtype(kind))
 
 
-# --- the genes that are known ---------------------------------------------------------------------
+# --- the columns of one file ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Names:
-    """Unique names, and the row of the reference each stands for, or AMBIGUOUS."""
+@dataclass(frozen=True)
+class _Column:
+    """What the names of one column are: for each row of var the reference row (or negative) and why."""
 
-    names: pd.Index
+    name: str
+    used: np.ndarray
     rows: np.ndarray
+    reasons: np.ndarray
+    n_genes: int
 
-    @classmethod
-    def build(cls, names: pd.Series, priority: pd.Series) -> _Names:
-        """Index `names` (its index: reference rows); of several genes the one of highest priority has a name."""
-        frame = pd.DataFrame({"name": names.to_numpy(), "row": names.index, "priority": priority.loc[names.index]})
-        frame = frame[frame.name != ""].drop_duplicates(["name", "row"])
-        frame = frame[frame.priority == frame.groupby("name").priority.transform("max")]
-        frame.loc[frame.duplicated("name", keep=False), "row"] = AMBIGUOUS
-        frame = frame.drop_duplicates("name")
-        return cls(pd.Index(frame.name), frame.row.to_numpy())
+    @property
+    def kind(self) -> str:
+        """ "ensembl" if at least half of the recognised names are such ids, else "symbol"."""
+        found = self.reasons[self.rows >= 0]
+        return "ensembl" if len(found) and (found == "Ensembl id").mean() >= 0.5 else "symbol"
 
-    def find(self, names: pd.Series) -> np.ndarray:
-        """Return the row of each name, -1 if it is not here, AMBIGUOUS if it stands for several."""
-        at = self.names.get_indexer(names)
-        return np.where(at >= 0, self.rows[at], -1) if len(self.rows) else at
-
-
-@dataclass(frozen=True, eq=False)
-class _Reference:
-    """All known genes (`genes`: gene_id, symbol, biotype, previous, vocab_row) and their names."""
-
-    genes: pd.DataFrame
-    foreign: pd.Index
-
-    @cached_property
-    def ids(self) -> pd.Index:
-        return pd.Index(self.genes.gene_id)
-
-    @cached_property
-    def priority(self) -> pd.Series:
-        """Who has a symbol that several genes bear: vocabulary, then protein coding, then HGNC's choice."""
-        genes = self.genes
-        return 4 * (genes.vocab_row >= 0) + 2 * (genes.biotype == "protein_coding") + genes.hgnc.astype(int)
-
-    @cached_property
-    def earlier(self) -> pd.Series:
-        """Earlier symbols, one a row; index: reference rows."""
-        previous = self.genes.previous
-        return previous[previous != ""].str.split("|", regex=False).explode()
-
-    @cached_property
-    def symbols(self) -> _Names:
-        return _Names.build(self.genes.symbol, self.priority)
-
-    @cached_property
-    def previous(self) -> _Names:
-        return _Names.build(self.earlier, self.priority)
-
-    @cached_property
-    def mangled(self) -> _Names:
-        """Names as R's make.names writes them: other signs become dots, X before a leading digit."""
-        return self._changed(lambda names: names.str.replace(r"[^\w.]", ".", regex=True).str.replace(r"^(?=\d)", "X", regex=True))
-
-    @cached_property
-    def folded(self) -> _Names:
-        return self._changed(lambda names: names.str.upper())
-
-    def _changed(self, change) -> _Names:
-        current, earlier = change(self.genes.symbol), change(self.earlier)
-        first = _Names.build(current, self.priority)
-        second = _Names.build(earlier[~earlier.isin(first.names)], self.priority)
-        return _Names(first.names.append(second.names), np.concatenate([first.rows, second.rows]))
+    @property
+    def score(self) -> tuple[int, int, int]:
+        """Vocabulary genes, known genes, and how usual the name of the column is."""
+        usual = (
+            PREFERRED_COLUMNS.index(self.name) if self.name in PREFERRED_COLUMNS else len(PREFERRED_COLUMNS)
+        )
+        return self.n_genes, len(np.unique(self.rows)), -usual
 
 
-@lru_cache(maxsize=8)
-def _reference(vocab: GeneVocab) -> _Reference:
-    own = pd.DataFrame({"gene_id": vocab.gene_ids, "symbol": vocab.symbols, "biotype": vocab.biotypes})
-    own["vocab_row"] = np.arange(len(own))
-    present = [s for s in SPECIES if own.gene_id.str.startswith(ID_PREFIX[s]).any()]
-    tables = pd.concat([load_table(s) for s in present] or [load_table("human").head(0)], ignore_index=True)
-    genes = own.merge(tables[["gene_id", "previous", "hgnc"]], how="left", on="gene_id")
-    others = tables[~tables.gene_id.isin(own.gene_id)].assign(vocab_row=-1)
-    genes = pd.concat([genes, others], ignore_index=True)
-    genes["previous"] = genes.previous.fillna("")
-    genes["hgnc"] = genes.hgnc.eq(True)
-    foreign = [load_table(s).symbol for s in SPECIES if s not in present] if present else []
-    return _Reference(genes, pd.Index(pd.concat(foreign).unique() if foreign else []))
+def _match(var: pd.DataFrame, reference: Reference, column: str | None) -> GeneMatch:
+    """Choose the column, fill what it does not know from the others, and look up the vocabulary."""
+    columns = [_read_column(var, name, reference) for name in _candidates(var, column)]
+    columns.sort(key=lambda c: c.score, reverse=True)
+    most = columns[0].n_genes
+    chosen = next((c for c in columns if c.kind == "ensembl" and c.n_genes >= NEARLY_ALL * most), columns[0])
 
+    used, rows, reasons = chosen.used.copy(), chosen.rows.copy(), chosen.reasons.copy()
+    for other in columns:
+        if 2 * other.n_genes >= most:  # a column of names, not of remarks
+            fill = (rows < 0) & ((other.rows >= 0) | (used == ""))
+            used[fill], rows[fill], reasons[fill] = other.used[fill], other.rows[fill], other.reasons[fill]
 
-# --- one column -----------------------------------------------------------------------------------
-
-
-def _match_column(var: pd.DataFrame, column: str, reference: _Reference) -> GeneMatch:
-    """Match the names of one column, each distinct name once."""
-    raw = var.index.to_series() if column == "index" else var[column]
-    used = raw.astype(object).where(raw.notna().to_numpy(), "").astype(str).str.strip().to_numpy()
-    at, unique = pd.factorize(used)
-    rows, reasons = _recognise(pd.Series(unique, dtype=object), reference)
-    genes = reference.genes
-    found = rows >= 0
-    index = np.where(found, genes.vocab_row.to_numpy()[rows], -1)
-    outside = found & (index < 0)
+    genes, found = reference.genes, rows >= 0
+    gene_index = np.where(found, genes.vocab_row.to_numpy()[rows], -1).astype(np.int32)
+    outside = found & (gene_index < 0)
     biotypes = genes.biotype.to_numpy()[rows[outside]]
     reasons[outside] = [f"not in the vocabulary: {biotype or 'unknown biotype'}" for biotype in biotypes]
     table = pd.DataFrame(
         {
             "var_name": var.index.astype(str),
             "used": used,
-            "gene_id": np.where(found, genes.gene_id.to_numpy()[rows], "")[at],
-            "symbol": np.where(found, genes.symbol.to_numpy()[rows], "")[at],
-            "reason": reasons[at],
+            "gene_id": np.where(found, genes.gene_id.to_numpy()[rows], ""),
+            "symbol": np.where(found, genes.symbol.to_numpy()[rows], ""),
+            "reason": reasons,
         }
     )
-    gene_index = index[at].astype(np.int32)
-    recognised = table.reason[(rows >= 0)[at]] if not (gene_index >= 0).any() else table.reason[gene_index >= 0]
-    by_id = (recognised == "Ensembl id").mean() if len(recognised) else 0.0
-    return GeneMatch(column, "ensembl" if by_id >= 0.5 else "symbol", gene_index, table)
+    return GeneMatch(chosen.name, chosen.kind, gene_index, table)
 
 
-def _recognise(names: pd.Series, reference: _Reference) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each distinct name the row of the reference (negative if none) and the reason."""
-    rows = np.full(len(names), -1)
-    reasons = np.full(len(names), "unknown name", dtype=object)
-
-    def step(found: np.ndarray, reason: str | np.ndarray) -> None:
-        new = (rows == -1) & (found != -1)
-        rows[new] = found[new]
-        reasons[new] = np.where(found == AMBIGUOUS, "ambiguous symbol", reason)[new]
-
-    ids = names.str.extract(ENSEMBL_ID, expand=False).str.replace(r"^ENSGR", "ENSG0", regex=True)
-    step(reference.ids.get_indexer(ids), "Ensembl id")
-    step(reference.ids.get_indexer(names), "own name")
-
-    bare = names.str.replace(GENOME_PREFIX, "", regex=True).str.replace(rf"[_|;:]?{ENSEMBL_ID}.*$", "", regex=True)
-    repaired = (bare != names).to_numpy()
-    step(reference.symbols.find(bare), np.where(repaired, "repaired name", "symbol"))
-    step(reference.previous.find(bare), np.where(repaired, "repaired name", "previous symbol"))
-
-    # scanpy and R tell duplicates apart by a number at the end; the first one keeps its name
-    base = bare.str.replace(r"[-.]\d+$", "", regex=True)
-    base = base.where((base != bare) & base.isin(bare), "")
-    step(reference.symbols.find(base), "repaired name")
-    step(reference.previous.find(base), "repaired name")
-
-    step(reference.mangled.find(bare), "repaired name")
-    # 'Cd3e' is a mouse gene, not a human one in another case
-    step(reference.folded.find(bare.str.upper().where(~bare.isin(reference.foreign), "")), "other case")
-
-    lost = rows == -1
-    reasons[lost & ids.notna().to_numpy()] = "unknown Ensembl id"
-    reasons[lost & (names == "").to_numpy()] = "no name"
-    return rows, reasons
+def _read_column(var: pd.DataFrame, column: str, reference: Reference) -> _Column:
+    """Recognise the names of one column, each distinct name once."""
+    raw = var.index.to_series() if column == "index" else var[column]
+    used = raw.astype(object).where(raw.notna().to_numpy(), "").astype(str).str.strip().to_numpy(object)
+    at, names = pd.factorize(used)
+    rows, reasons = recognise(pd.Series(names, dtype=object), reference)
+    in_vocab = reference.genes.vocab_row.to_numpy()[rows[rows >= 0]]
+    return _Column(column, used, rows[at], reasons[at], len(np.unique(in_vocab[in_vocab >= 0])))

@@ -1,8 +1,8 @@
 """`GeneVocab`: which genes a model knows, in which order, and the special tokens before them.
 
-A vocabulary is made once, before training, and travels with the weights; data are aligned to it by gene id, never
-the other way round. Token ids: the special tokens first, then the genes in their order, as in both published
-Geneformer layouts. Saved as parquet, with all that is not a column in the schema's metadata.
+A vocabulary is made once, before training, and travels with the weights; data are aligned to it by gene id,
+never the other way round. Token ids: the special tokens first, then the genes in their order, as in both
+published Geneformer layouts. Saved as parquet, with all that is not a column in the schema's metadata.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ import pyarrow.parquet as pq
 
 from scmodelforge.errors import ConfigError, DataError, ModelError
 from scmodelforge.files import atomic_path
-from scmodelforge.genes.identifiers import match_genes
+from scmodelforge.genes.identifiers import match_species
+from scmodelforge.genes.names import clean_ensembl_ids
+from scmodelforge.genes.reading import read_gene_table
 from scmodelforge.genes.tables import ID_PREFIX, SPECIES, load_table
 
 logger = logging.getLogger(__name__)
@@ -183,20 +185,20 @@ class GeneVocab:
     def load(cls, path: str | Path) -> GeneVocab:
         """Read a vocabulary that `save` wrote, or a table (.csv, .tsv, .parquet) of one's own.
 
-        A table needs the column `gene_id`, and may have `symbol`, `biotype` and `median`; what is missing is filled
-        from the tables of human and mouse where they know the id.
+        A table needs the column `gene_id`, and may have `symbol`, `biotype` and `median`; missing symbols and
+        biotypes are taken from the tables of human and mouse where they know the id.
 
         Raises
         ------
         DataError
-            If the file is missing, unreadable or damaged, lacks `gene_id`, or holds no, empty or doubled genes.
+            If the file is missing, unreadable or damaged, lacks `gene_id`, or holds no or doubled genes.
         """
         path = Path(path)
-        frame, metadata = _read_table(path, "gene vocabulary")
-        ids = _gene_ids(frame, path)
+        frame, metadata = read_gene_table(path, "gene vocabulary")
+        ids = frame["gene_id"].to_numpy(object)
         known = pd.concat([load_table(s) for s in SPECIES]).set_index("gene_id").reindex(ids)
         text = {
-            name: (frame[name].fillna("").astype(str) if name in frame else known[name].fillna("")).to_numpy(object)
+            name: (frame[name].astype(str) if name in frame else known[name]).fillna("").to_numpy(object)
             for name in ("symbol", "biotype")
         }
         special = metadata.get("special_tokens")
@@ -205,14 +207,14 @@ class GeneVocab:
             symbols=text["symbol"],
             biotypes=text["biotype"],
             species=metadata.get("species") or _species_of(ids),
-            medians=_numbers(frame["median"], path) if "median" in frame else None,
+            medians=frame["median"].to_numpy() if "median" in frame else None,
             special_tokens=tuple(json.loads(special)) if special else VOCAB_LAYOUTS["geneformer_v2"],
             name=metadata.get("name", path.stem),
         )
         if metadata.get("fingerprint", vocab.fingerprint) != vocab.fingerprint:
             raise DataError(
                 f"The gene vocabulary '{path}' was changed after it was saved: its content does not have the "
-                "fingerprint that is written in it. Take the original file, or save the table as .tsv to make a new one."
+                "fingerprint that is written in it. Take the original file, or write the genes as .tsv."
             )
         return vocab
 
@@ -238,16 +240,17 @@ class GeneVocab:
         ModelError
             If something is missing, or the content does not have its fingerprint.
         """
-        wanted = ("gene_ids", "symbols", "biotypes", "species", "medians", "special_tokens", "name", "fingerprint")
+        wanted = [field.name for field in fields(cls)] + ["fingerprint"]
         if missing := [key for key in wanted if key not in plain]:
-            raise ModelError(f"The gene vocabulary of this checkpoint lacks {', '.join(missing)}; it is damaged.")
-        medians = plain["medians"]
+            raise ModelError(
+                f"The gene vocabulary of this checkpoint lacks {', '.join(missing)}; it is damaged."
+            )
         vocab = cls(
             gene_ids=np.array(plain["gene_ids"], dtype=object),
             symbols=np.array(plain["symbols"], dtype=object),
             biotypes=np.array(plain["biotypes"], dtype=object),
             species=plain["species"],
-            medians=None if medians is None else np.array(medians, dtype=np.float64),
+            medians=None if plain["medians"] is None else np.array(plain["medians"], dtype=np.float64),
             special_tokens=tuple(plain["special_tokens"]),
             name=plain["name"],
         )
@@ -261,7 +264,7 @@ class GeneVocab:
 
 @cache
 def predefined(name: str) -> GeneVocab:
-    """Return "human_protein_coding" or "mouse_protein_coding": GENCODE's coding genes, ascending by Ensembl id.
+    """Return "human_protein_coding" or "mouse_protein_coding": GENCODE's coding genes, ascending by id.
 
     Raises
     ------
@@ -272,13 +275,11 @@ def predefined(name: str) -> GeneVocab:
         raise ConfigError(_unknown(name))
     species = name.removesuffix("_protein_coding")
     table = load_table(species)
-    return _from_table(table[table.biotype == "protein_coding"], species, name)
-
-
-@cache
-def whole_table(species: str) -> GeneVocab:
-    """Return all genes of a species ("human" or "mouse"), coding or not."""
-    return _from_table(load_table(species), species, f"all {species} genes")
+    ids, symbols, biotypes = (
+        table.loc[table.biotype == "protein_coding", column].to_numpy(object)
+        for column in ("gene_id", "symbol", "biotype")
+    )
+    return GeneVocab(ids, symbols, biotypes, species=species, name=name)
 
 
 def resolve_vocab(
@@ -291,8 +292,8 @@ def resolve_vocab(
     gene_vocab
         A predefined name, "from_data", or the path of a table that `GeneVocab.load` reads.
     var_frames
-        The var of each file, for "from_data": the union of their genes, ascending by id. A gene that the human or
-        mouse table knows gets its Ensembl id, any other keeps the file's own name.
+        The var of each file, for "from_data": the union of their genes, ascending by id. A gene that the
+        human or mouse table knows gets its Ensembl id, any other keeps its name.
     column
         `data.gene_column`: the column of var to read, by default found for each file.
 
@@ -322,70 +323,58 @@ def read_medians(path: str | Path, vocab: GeneVocab) -> np.ndarray:
     Raises
     ------
     DataError
-        If the file is missing or unreadable, lacks a column, has doubled ids, a median that is not positive and
-        finite, or no gene of the vocabulary.
+        If the file is missing or unreadable, lacks a column, has doubled ids, a median that is not positive
+        and finite, or no gene of the vocabulary.
     """
-    path = Path(path)
-    frame, _ = _read_table(path, "table of gene medians")
-    ids = _gene_ids(frame, path)
+    frame, _ = read_gene_table(Path(path), "table of gene medians")
     if "median" not in frame:
-        raise DataError(f"'{path}' has no column 'median'; its columns are: {', '.join(map(str, frame.columns))}.")
-    medians = _numbers(frame["median"], path)
-    if (wrong := ~(np.isfinite(medians) & (medians > 0))).any():
-        at = int(np.argmax(wrong))
-        raise DataError(
-            f"'{path}' has {wrong.sum():,} medians that are not positive and finite (first: {medians[at]} of "
-            f"{ids[at]}); leave genes without a median out of the table."
-        )
-    if len(doubled := pd.Index(ids)[pd.Index(ids).duplicated()]):
+        raise DataError(f"'{path}' has no column 'median'; it has: {', '.join(map(str, frame.columns))}.")
+    ids = pd.Index(frame["gene_id"])
+    if len(doubled := ids[ids.duplicated()]):
         raise DataError(f"'{path}' lists {len(doubled):,} gene ids more than once (first: {doubled[0]}).")
     rows = pd.Index(vocab.gene_ids).get_indexer(ids)
     if not (rows >= 0).any():
         raise DataError(
-            f"None of the {len(ids):,} genes in '{path}' is in the vocabulary '{vocab.name}' (the table has {ids[0]}, "
-            f"…; the vocabulary {vocab.gene_ids[0]}, …). Set data.gene_vocab to the vocabulary the medians belong to."
+            f"None of the {len(ids):,} genes in '{path}' is in the vocabulary '{vocab.name}' (the table has "
+            f"{ids[0]}, …; the vocabulary {vocab.gene_ids[0]}, …).\n"
+            "Set data.gene_vocab to the vocabulary that the medians belong to."
         )
-    out = np.full(vocab.n_genes, np.nan)
-    out[rows[rows >= 0]] = medians[rows >= 0]
-    logger.info(
-        "%s: medians for %s of %s vocabulary genes; %s genes of the table are not in the vocabulary",
-        path,
-        f"{int((~np.isnan(out)).sum()):,}",
-        f"{vocab.n_genes:,}",
-        f"{int((rows < 0).sum()):,}",
-    )
-    return out
-
-
-def _from_table(table: pd.DataFrame, species: str, name: str) -> GeneVocab:
-    columns = (table[c].to_numpy(object) for c in ("gene_id", "symbol", "biotype"))
-    return GeneVocab(*columns, species=species, name=name)
+    medians = np.full(vocab.n_genes, np.nan)
+    medians[rows[rows >= 0]] = frame["median"].to_numpy()[rows >= 0]
+    if n_without := int(np.isnan(medians).sum()):
+        logger.warning(f"{path} has no median for {n_without:,} of {vocab.n_genes:,} vocabulary genes")
+    if n_outside := int((rows < 0).sum()):
+        logger.info(f"{path}: {n_outside:,} genes are not in the vocabulary '{vocab.name}'")
+    return medians
 
 
 def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVocab:
     """Union of the genes of several var, canonical where the tables know them."""
     if not var_frames:
-        raise ConfigError("data.gene_vocab: from_data needs data files to take the genes from; data.paths is empty.")
+        raise ConfigError(
+            "data.gene_vocab: from_data takes the genes from the data, but data.paths is empty."
+        )
     parts = []
     for var in var_frames:
-        match = max((match_genes(var, whole_table(s), column) for s in SPECIES), key=lambda m: m.n_genes)
-        genes = match.table
-        genes = genes.assign(gene_id=genes.gene_id.where(match.gene_index >= 0, genes.used))
-        genes = genes.assign(symbol=genes.symbol.where(match.gene_index >= 0, genes.used))
-        parts.append(genes.loc[genes.gene_id != "", ["gene_id", "symbol"]])
+        match = max((match_species(var, species, column) for species in SPECIES), key=lambda m: m.n_genes)
+        genes, known = match.table, match.gene_index >= 0
+        own = clean_ensembl_ids(genes.used)
+        genes = pd.DataFrame(
+            {"gene_id": genes.gene_id.where(known, own), "symbol": genes.symbol.where(known, own)}
+        )
+        parts.append(genes[genes.gene_id != ""])
     union = pd.concat(parts).drop_duplicates("gene_id").sort_values("gene_id")
     ids = union.gene_id.to_numpy(object)
     biotypes = pd.concat([load_table(s) for s in SPECIES]).set_index("gene_id").biotype.reindex(ids)
     vocab = GeneVocab(
-        ids, union.symbol.to_numpy(object), biotypes.fillna("").to_numpy(object), _species_of(ids), name="from_data"
+        ids,
+        union.symbol.to_numpy(object),
+        biotypes.fillna("").to_numpy(object),
+        _species_of(ids),
+        name="from_data",
     )
-    logger.info(
-        "vocabulary from_data: %s genes (%s of them known, species %s) from %d files",
-        f"{vocab.n_genes:,}",
-        f"{int(biotypes.notna().sum()):,}",
-        vocab.species,
-        len(var_frames),
-    )
+    n_known, n_files = int(biotypes.notna().sum()), len(var_frames)
+    logger.info(f"from_data: {vocab.n_genes:,} genes of {n_files} files, {n_known:,} known ({vocab.species})")
     return vocab
 
 
@@ -399,41 +388,6 @@ def _species_of(ids: np.ndarray) -> str:
 def _unknown(name: str) -> str:
     return (
         f"data.gene_vocab is '{name}', which is neither a known vocabulary nor an existing file.\n"
-        f"Use {', '.join(PREDEFINED)}, from_data, or the path of a table (.parquet, .tsv, .csv) with a column gene_id."
+        f"Use {', '.join(PREDEFINED)}, from_data, or the path of a table (.parquet, .tsv, .csv) with a "
+        "column gene_id."
     )
-
-
-def _read_table(path: Path, what: str) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Read .parquet, .csv or .tsv; return the table and the metadata of its schema."""
-    if not path.is_file():
-        raise DataError(f"There is no {what} at '{path}'.")
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-            metadata = {k.decode(): v.decode(errors="replace") for k, v in (table.schema.metadata or {}).items()}
-            return table.to_pandas(), metadata
-        if path.suffix in (".csv", ".tsv", ".txt"):
-            separator = "," if path.suffix == ".csv" else "\t"
-            return pd.read_csv(path, sep=separator, keep_default_na=False, na_values={"median": ["", "NA", "nan"]}), {}
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise DataError(f"The {what} '{path}' cannot be read: {error}") from error
-    raise DataError(f"The {what} '{path}' must be a .parquet, .csv or .tsv file.")
-
-
-def _gene_ids(frame: pd.DataFrame, path: Path) -> np.ndarray:
-    """Return the column gene_id as str, Ensembl ids without version; complain about missing ones."""
-    if "gene_id" not in frame:
-        raise DataError(f"'{path}' has no column 'gene_id'; its columns are: {', '.join(map(str, frame.columns))}.")
-    ids = frame["gene_id"].fillna("").astype(str).str.strip()
-    if (empty := (ids == "")).any():
-        raise DataError(f"'{path}' has no gene_id in row {int(empty.argmax()) + 1} of {len(ids):,}.")
-    if not len(ids):
-        raise DataError(f"'{path}' holds no genes.")
-    return ids.str.replace(r"^(ENS[A-Z]*G\d{11})\.\d+$", r"\1", regex=True).to_numpy(object)
-
-
-def _numbers(values: pd.Series, path: Path) -> np.ndarray:
-    numbers = pd.to_numeric(values, errors="coerce")
-    if (wrong := numbers.isna() & values.notna()).any():
-        raise DataError(f"'{path}' has a median that is not a number: {values[wrong].iloc[0]!r}.")
-    return numbers.to_numpy(np.float64)

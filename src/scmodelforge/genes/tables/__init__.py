@@ -1,4 +1,4 @@
-"""The gene tables of human and mouse, as `scripts/build_gene_tables.py` wrote them; SOURCES.md says from what."""
+"""Gene tables of human and mouse; `scripts/build_gene_tables.py` writes them, SOURCES.md says from what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ID_PREFIX = {"human": "ENSG0", "mouse": "ENSMUSG0"}
 def load_table(species: str) -> pd.DataFrame:
     """Return the genes of `species` ("human" or "mouse"), ascending by id; treat it as read-only.
 
-    Columns, all object but the last: `gene_id` (Ensembl, no version), `symbol`, `biotype`, `previous` (earlier
+    Columns, all str but the last: `gene_id` (Ensembl, no version), `symbol`, `biotype`, `previous` (earlier
     symbols separated by "|", "" if none), and `hgnc` (bool: HGNC gives this very id to the symbol).
     """
     with as_file(files(__name__) / f"{species}.parquet") as path:
