@@ -1,0 +1,244 @@
+"""Which cells have a label that can be used, and which of them train and which test a probe.
+
+Cells of one donor resemble each other, so a split by cell flatters every method: with a group column whole
+groups are held out, and the score says what happens on a donor never seen. Both parts are pure functions
+of their arguments, so every embedding that is compared meets the same cells in the same splits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+
+import numpy as np
+import pandas as pd
+
+from scmodelforge.config import LinearProbeParams
+from scmodelforge.errors import DataError
+
+log = logging.getLogger(__name__)
+
+DRAWS_PER_SPLIT = 50  # group splits tried for each one kept, to find one that trains on every class
+
+
+def obs_column(obs: pd.DataFrame, key: str, where: str) -> pd.Categorical:
+    """Return the column `key` of `obs` as categories; empty strings count as missing.
+
+    Raises
+    ------
+    DataError
+        If there is no such column; the message names the nearest ones.
+    """
+    if key not in obs.columns:
+        columns = [str(column) for column in obs.columns]
+        near = difflib.get_close_matches(key, columns, n=3)
+        hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+        raise DataError(
+            f"{where} has no obs column '{key}'.{hint}\nColumns: {', '.join(columns) or 'none'}.\n"
+            "Name one of them in the config, or add the column to the file."
+        )
+    column = pd.Categorical(obs[key])
+    return column.remove_categories([""]) if "" in column.categories else column
+
+
+def usable_labels(
+    obs: pd.DataFrame,
+    key: str,
+    where: str,
+    *,
+    drop_unlabelled: bool,
+    min_cells: int = 2,
+    drop_small: bool | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the cells whose label can be learned or scored.
+
+    A label is missing where it is NaN, None or an empty string; any other text, "unknown" too, is a class.
+
+    Parameters
+    ----------
+    obs
+        One row per cell.
+    key
+        Column with the labels.
+    where
+        What the messages call these data, such as the file's name.
+    drop_unlabelled
+        Leave out cells without a label instead of refusing.
+    min_cells
+        Smallest class that is accepted.
+    drop_small
+        Leave out the cells of smaller classes instead of refusing; None where the user has no such option.
+
+    Returns
+    -------
+    mask
+        bool (n_cells): the cells to use.
+    labels
+        str (mask.sum()): their labels.
+
+    Raises
+    ------
+    DataError
+        If the column is missing, cells have no label, a class is too small, or fewer than two classes remain.
+    """
+    column = obs_column(obs, key, where)
+    codes = np.asarray(column.codes)
+    names = column.categories.to_numpy().astype(str)
+    mask = codes >= 0
+    unlabelled = len(mask) - int(mask.sum())
+    if unlabelled and not drop_unlabelled:
+        raise DataError(
+            f"{unlabelled:,} of {len(mask):,} cells of {where} have no label in obs['{key}'].\n"
+            "Every cell needs one: fill them in, or set drop_unlabelled: true to leave these cells out."
+        )
+    if unlabelled:
+        log.info("%s: %s of %s cells without a label in '%s' are left out", where, unlabelled, len(mask), key)
+
+    counts = np.bincount(codes[mask], minlength=len(names))
+    small = np.flatnonzero((counts > 0) & (counts < min_cells))
+    if len(small):
+        listed = ", ".join(f"'{names[code]}' ({counts[code]})" for code in small[:10])
+        listed += f" and {len(small) - 10} more" if len(small) > 10 else ""
+        if not drop_small:
+            remedy = "" if drop_small is None else "set drop_small_classes: true to leave them out, or "
+            raise DataError(
+                f"obs['{key}'] of {where} has classes with fewer than {min_cells} cells: {listed}.\n"
+                f"To go on, {remedy}merge them into other classes, or empty their labels and set "
+                "drop_unlabelled: true."
+            )
+        mask &= ~np.isin(codes, small)
+        log.warning(
+            "%s: %s cells of classes below %s are left out: %s", where, counts[small].sum(), min_cells, listed
+        )
+    labels = names[codes[mask]]
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        seen = (
+            f"only one class ('{classes[0]}', {len(labels):,} cells)" if len(classes) else "no labelled cells"
+        )
+        raise DataError(
+            f"obs['{key}'] of {where} has {seen}; at least two classes are needed.\n"
+            "Choose another label column, or add cells of other classes."
+        )
+    return mask, labels
+
+
+def usable_groups(obs: pd.DataFrame, key: str, where: str) -> np.ndarray:
+    """Return int64 (n_cells) group numbers of the column `key`.
+
+    Raises
+    ------
+    DataError
+        If the column is missing, a cell has no group, or there is one group only.
+    """
+    column = obs_column(obs, key, where)
+    if missing := int((column.codes < 0).sum()):
+        raise DataError(
+            f"{missing:,} of {len(obs):,} cells of {where} have no group in obs['{key}'].\n"
+            "Fill them in, or choose another column."
+        )
+    groups = np.unique(column.codes, return_inverse=True)[1]
+    if not groups.any():
+        raise DataError(
+            f"obs['{key}'] of {where} has one group only ('{column[0]}'), and two or more are needed.\n"
+            "Choose another column, or set it to null."
+        )
+    return groups
+
+
+def probe_splits(
+    labels: np.ndarray, params: LinearProbeParams, groups: np.ndarray | None, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Draw `params.n_splits` random splits into training and test cells.
+
+    By cell, each class keeps its share on both sides. By group, whole groups are drawn at random and
+    never the same ones twice; of many draws the first is kept that takes the fewest classes from training.
+
+    Parameters
+    ----------
+    labels
+        str (n_cells): class of each cell.
+    params
+        `test_size` (share of cells, or of groups) and `n_splits`.
+    groups
+        int64 (n_cells) numbers from 0 without gaps, as from `usable_groups`; or None to split by cell.
+    seed
+        The same seed gives the same splits.
+
+    Returns
+    -------
+    list of (train, test)
+        int64 rows, ascending, disjoint, together all cells. Fewer than `n_splits` where the groups do not
+        give as many different ones.
+
+    Raises
+    ------
+    DataError
+        If the cells are too few for a test cell of each class.
+    """
+    classes, codes = np.unique(labels, return_inverse=True)
+    if groups is not None:
+        return _group_splits(codes, groups, params, seed)
+    n_test = int(np.ceil(params.test_size * len(labels)))
+    if min(n_test, len(labels) - n_test) < len(classes):
+        raise DataError(
+            f"{len(labels):,} cells split with test_size {params.test_size:g} leave {n_test:,} test and "
+            f"{len(labels) - n_test:,} training cells for {len(classes)} classes; each side needs one "
+            "of each.\nChange test_size, take more cells, or leave out small classes "
+            "(min_cells_per_class with drop_small_classes: true)."
+        )
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    splitter = StratifiedShuffleSplit(params.n_splits, test_size=params.test_size, random_state=seed)
+    return [(np.sort(train), np.sort(test)) for train, test in splitter.split(codes, codes)]
+
+
+def _group_splits(
+    codes: np.ndarray, groups: np.ndarray, params: LinearProbeParams, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    n_groups = int(groups.max()) + 1
+    n_test = min(n_groups - 1, max(1, round(params.test_size * n_groups)))
+    present = np.zeros((n_groups, int(codes.max()) + 1), dtype=np.int64)
+    np.add.at(present, (groups, codes), 1)
+
+    rng = np.random.default_rng(seed)
+    splits: list[tuple[np.ndarray, np.ndarray]] = []
+    used: set[bytes] = set()
+    lost = 0
+    for _ in range(params.n_splits):
+        draws = rng.permuted(np.tile(np.arange(n_groups), (DRAWS_PER_SPLIT, 1)), axis=1)[:, :n_test]
+        draws.sort(axis=1)
+        untrained = (present[draws].sum(1) == present.sum(0)).sum(
+            1
+        )  # classes that a draw takes from training
+        repeated = np.array([draw.tobytes() in used for draw in draws])
+        best = np.lexsort((repeated, untrained))[0]  # stable: the first of equals, so still a random draw
+        if repeated[best]:
+            log.info("%s groups give %s different splits, not %s", n_groups, len(splits), params.n_splits)
+            break
+        used.add(draws[best].tobytes())
+        lost = max(lost, int(untrained[best]))
+        test = np.isin(groups, draws[best])
+        splits.append((np.flatnonzero(~test), np.flatnonzero(test)))
+    if lost:
+        log.warning("up to %s classes have no training cell in a split by group: they count as errors", lost)
+    return splits
+
+
+def check_embedding(embedding: np.ndarray, n_cells: int) -> None:
+    """Raise `DataError` unless `embedding` is (n_cells, d) and finite; warn where all cells are alike."""
+    if embedding.ndim != 2 or len(embedding) != n_cells:
+        raise DataError(
+            f"An embedding of shape {embedding.shape} does not fit {n_cells:,} cells: one row each."
+        )
+    bad = np.flatnonzero(~np.isfinite(embedding).all(1))
+    if len(bad):
+        raise DataError(
+            f"The embedding of {len(bad):,} of {n_cells:,} cells is NaN or infinite (first: row {bad[0]}).\n"
+            "The model has probably diverged: look at its training loss, lower the learning rate, or train "
+            "with precision 32-true."
+        )
+    if not np.ptp(embedding, axis=0).any():
+        log.warning(
+            "all %s cells have the same embedding: the model has collapsed, scores mean nothing", n_cells
+        )

@@ -1,0 +1,150 @@
+"""Which cells can be used, and how they are split."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scmodelforge.config import LinearProbeParams
+from scmodelforge.errors import DataError
+from scmodelforge.evaluation.splits import check_embedding, probe_splits, usable_groups, usable_labels
+
+
+def labels_of(values, **options):
+    options = {"drop_unlabelled": False} | options
+    return usable_labels(pd.DataFrame({"cell_type": values}), "cell_type", "cells.h5ad", **options)
+
+
+@pytest.mark.parametrize("dtype", ["object", "category"])
+def test_labels_come_back_as_text_in_the_order_of_the_cells(dtype):
+    mask, labels = labels_of(pd.Series(["T", "B", "T", "B"], dtype=dtype))
+    assert mask.all()
+    assert labels.tolist() == ["T", "B", "T", "B"]
+    assert labels.dtype.kind == "U"
+    assert labels_of([1, 0, 1, 0])[1].tolist() == ["1", "0", "1", "0"]
+
+
+def test_missing_column_names_the_nearest_and_all():
+    obs = pd.DataFrame({"cell_types": ["a"], "donor": ["b"]})
+    with pytest.raises(DataError, match=r"cells.h5ad has no obs column 'cell_type'.*'cell_types'") as caught:
+        usable_labels(obs, "cell_type", "cells.h5ad", drop_unlabelled=False)
+    assert "Columns: cell_types, donor" in str(caught.value)
+
+
+def test_unlabelled_cells_are_refused_or_left_out(caplog):
+    values = ["T", None, "B", np.nan, "", "T", "B", "unknown", "unknown"]
+    with pytest.raises(
+        DataError, match=r"3 of 9 cells of cells.h5ad have no label(.|\n)*drop_unlabelled: true"
+    ):
+        labels_of(values)
+    with caplog.at_level(logging.INFO):
+        mask, labels = labels_of(values, drop_unlabelled=True)
+    assert "3 of 9 cells without a label" in caplog.text
+    assert np.flatnonzero(~mask).tolist() == [1, 3, 4]
+    assert labels.tolist() == ["T", "B", "T", "B", "unknown", "unknown"]
+
+
+def test_small_classes_are_refused_or_left_out(caplog):
+    values = ["T"] * 5 + ["B"] * 5 + ["rare"]
+    with pytest.raises(DataError, match=r"fewer than 2 cells: 'rare' \(1\)") as caught:
+        labels_of(values)
+    assert "drop_small_classes" not in str(caught.value)  # not an option of this caller
+    with pytest.raises(DataError, match="drop_small_classes: true"):
+        labels_of(values, drop_small=False)
+    mask, labels = labels_of(values, drop_small=True)
+    assert mask.tolist() == [True] * 10 + [False]
+    assert set(labels) == {"T", "B"}
+    assert "'rare' (1)" in caplog.text
+
+
+def test_many_small_classes_are_not_all_listed():
+    with pytest.raises(DataError, match="and 15 more"):
+        labels_of([f"class{i}" for i in range(25)])
+
+
+def test_one_class_and_no_class_are_refused():
+    with pytest.raises(DataError, match=r"only one class \('T', 4 cells\)"):
+        labels_of(["T"] * 4)
+    with pytest.raises(DataError, match="no labelled cells"):
+        labels_of([None] * 4, drop_unlabelled=True)
+
+
+def test_groups():
+    obs = pd.DataFrame({"donor": ["b", "a", "b"], "one": "x", "gap": ["a", None, "b"]})
+    assert usable_groups(obs, "donor", "cells.h5ad").tolist() == [1, 0, 1]
+    with pytest.raises(DataError, match=r"obs\['one'\] of cells.h5ad has one group only \('x'\)"):
+        usable_groups(obs, "one", "cells.h5ad")
+    with pytest.raises(DataError, match=r"1 of 3 cells of cells.h5ad have no group"):
+        usable_groups(obs, "gap", "cells.h5ad")
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(5, 40), min_size=2, max_size=6),
+    test_size=st.floats(0.2, 0.6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_splits_by_cell_are_stratified_partitions(sizes, test_size, seed):
+    labels = np.repeat([f"c{i}" for i in range(len(sizes))], sizes)
+    params = LinearProbeParams(test_size=test_size, n_splits=3)
+    for (train, test), (train2, _) in zip(
+        probe_splits(labels, params, None, seed), probe_splits(labels, params, None, seed), strict=True
+    ):
+        np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(labels)))
+        np.testing.assert_array_equal(train, train2)
+        for name, size in zip(np.unique(labels), sizes, strict=True):
+            assert abs((labels[test] == name).sum() - size * test_size) <= 1.5
+
+
+@settings(deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 6), min_size=4, max_size=60).filter(lambda found: len(set(found)) > 1),
+    test_size=st.floats(0.05, 0.95),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_splits_by_group_keep_groups_whole_and_differ(groups, test_size, seed):
+    numbers = np.unique(groups, return_inverse=True)[1]
+    labels = np.resize(["a", "b"], len(groups))
+    splits = probe_splits(labels, LinearProbeParams(test_size=test_size, n_splits=4), numbers, seed)
+    assert 1 <= len(splits) <= 4
+    assert len({test.tobytes() for _, test in splits}) == len(splits)
+    for train, test in splits:
+        assert len(train)
+        assert len(test)
+        np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(groups)))
+        assert not set(numbers[train]) & set(numbers[test])
+
+
+def test_a_class_in_one_donor_always_trains():
+    groups = np.repeat(np.arange(8), 10)
+    labels = np.where(np.arange(80) % 2, "a", "b").astype("<U4")
+    labels[:5] = "rare"
+    for train, test in probe_splits(labels, LinearProbeParams(n_splits=5), groups, 0):
+        assert "rare" in labels[train]
+        assert len(np.unique(groups[test])) == 2  # a fifth of eight
+
+
+def test_too_few_cells_for_a_stratified_split():
+    labels = np.repeat(["a", "b", "c"], 2)
+    with pytest.raises(
+        DataError, match=r"6 cells split with test_size 0.2 leave 2 test(.|\n)*Change test_size"
+    ):
+        probe_splits(labels, LinearProbeParams(), None, 0)
+
+
+def test_a_broken_embedding_is_refused_and_a_collapsed_one_is_said(caplog):
+    embedding = np.eye(4, 3, dtype=np.float32)
+    check_embedding(embedding, 4)
+    assert not caplog.records
+    check_embedding(np.ones((4, 3)), 4)
+    assert "all 4 cells have the same embedding" in caplog.text
+    with pytest.raises(DataError, match="one row each"):
+        check_embedding(embedding, 5)
+    embedding[2, 1] = np.nan
+    with pytest.raises(DataError, match=r"1 of 4 cells is NaN or infinite \(first: row 2\)"):
+        check_embedding(embedding, 4)
