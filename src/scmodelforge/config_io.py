@@ -19,7 +19,8 @@ from pydantic_core import PydanticUndefined
 
 from scmodelforge import registry
 from scmodelforge.config import Config, Section
-from scmodelforge.config_reading import Reading, read_text, show
+from scmodelforge.config_reading import Reading, show
+from scmodelforge.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def load_config(
     sections
         Top-level sections that the command uses; None: all. Others are checked, and said to have no effect.
     require_data
-        Demand `data.paths`, expand `~` and patterns in it, and check that every file named exists.
+        Demand `data.paths`, expand `~` and patterns, and check that every file named exists.
 
     Raises
     ------
@@ -49,7 +50,7 @@ def load_config(
         Naming all that is wrong, each with its line.
     """
     reading = Reading(str(path) if path is not None else "config")
-    data = reading.parse(read_text(Path(path))) if path is not None else {}
+    data = reading.parse(_read_text(Path(path))) if path is not None else {}
     config = _finish(reading, data, overrides, require_data)
     for name in sorted(config.model_fields_set.difference(sections or Config.model_fields)):
         asked = any(loc[0] == name for loc in reading.overridden)  # on the command line, so for this command
@@ -70,7 +71,7 @@ def parse_config(
 
 
 def check_paths(config: Config) -> Config:
-    """Return `config` with `~` and patterns in `data.paths` expanded.
+    """Return `config` with `~` in its paths and patterns in `data.paths` expanded.
 
     Raises
     ------
@@ -81,6 +82,28 @@ def check_paths(config: Config) -> Config:
     config = reading.resolve_paths(config, set())
     reading.raise_if_wrong()
     return config
+
+
+def _read_text(path: Path) -> str:
+    """Return the file as text, or say why it cannot be read."""
+    if not path.exists():
+        raise ConfigError(
+            f"The config file '{path}' does not exist (working folder: {Path.cwd()}).\n"
+            "Check the path, or write a starter config with: scmodelforge init DATA.h5ad"
+        )
+    if path.is_dir():
+        raise ConfigError(f"'{path}' is a folder; --config needs a YAML file.")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}:{line}: the file is not UTF-8 text. A config is a text file in YAML; save it as UTF-8."
+        ) from error
 
 
 def _finish(reading: Reading, data: dict[Any, Any], overrides: Sequence[str], require_data: bool) -> Config:

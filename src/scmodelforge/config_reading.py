@@ -16,7 +16,6 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,6 +51,8 @@ _PLAIN = {
     "string_type": "must be text",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
+    "too_short": "must have at least {min_length} values",
+    "too_long": "must have at most {max_length} values",
     "literal_error": "must be {expected}",
     "union_tag_invalid": "name must be one of {expected_tags}",
     "union_tag_not_found": "needs a key 'name' that says what it is",
@@ -68,28 +69,6 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-
-
-def read_text(path: Path) -> str:
-    """Return the file as text, or say why it cannot be read."""
-    if not path.exists():
-        raise ConfigError(
-            f"The config file '{path}' does not exist (working folder: {Path.cwd()}).\n"
-            "Check the path, or write a starter config with: scmodelforge init DATA.h5ad"
-        )
-    if path.is_dir():
-        raise ConfigError(f"'{path}' is a folder; --config needs a YAML file.")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{path}:{line}: the file is not UTF-8 text. A config is a text file in YAML; save it as UTF-8."
-        ) from error
 
 
 @dataclass
@@ -154,10 +133,9 @@ class Reading:
                         key.tag = "tag:yaml.org,2002:str"  # so that 1 and yes are unknown keys like others
                     line = key.start_mark.line + 1
                     if key.value in lines:
-                        text = (
-                            f"{dotted((*loc, key.value))}: is written twice, first in line {lines[key.value]}"
-                        )
-                        self.problems.append((line, f"{self.name}:{line}: {text}"))
+                        text = f"is written twice, first in line {lines[key.value]}"
+                        name = dotted((*loc, key.value))
+                        self.problems.append((line, f"{self.name}:{line}: {name}: {text}"))
                     lines.setdefault(key.value, line)
                     self._check_keys(value, (*loc, key.value), seen)
 
@@ -214,22 +192,16 @@ class Reading:
         place = loc
         if kind == "value_error":
             text = str(context["error"])
-            fields = (
-                [key for key in value if re.search(rf"\b{key}\b", text)] if isinstance(value, dict) else []
-            )
-            if any(re.search(rf"\b{bad[-1]}\b", text) for bad in dropped if bad[:-1] == loc):
+            named = set(re.findall(r"\w+", text))
+            if any(bad[:-1] == loc and bad[-1] in named for bad in dropped):
                 return  # follows from a problem that is listed already
-            if fields:  # the rule of a section: point at the key that was written last
+            fields = [key for key in value if key in named] if isinstance(value, dict) else []
+            if fields:  # the rule of a section: point at a key that it names
                 place = (*loc, next((f for f in fields if (*loc, f) in self.overridden), fields[0]))
         elif kind == "extra_forbidden":
             text = _unknown(loc)
         elif kind == "missing":
             text = "is required"
-        elif kind in ("too_short", "too_long"):
-            text = f"must have {'at least' if kind == 'too_short' else 'at most'} "
-            text += (
-                f"{context['min_length' if kind == 'too_short' else 'max_length']} values, not {len(value)}"
-            )
         elif kind in _PLAIN:
             text = _PLAIN[kind].format(**context)
             if kind != "union_tag_not_found":
@@ -243,22 +215,22 @@ class Reading:
         self.problem(place, f"{dotted(loc)}: {text}" if loc else text)
 
     def resolve_paths(self, config: Config, dropped: set[Loc]) -> Config:
-        """Expand `data.paths` and collect what does not exist, except under keys that were wrong anyway."""
+        """Expand paths and collect what does not exist, except under keys that were wrong anyway."""
+        expanded: dict[Loc, Any] = {}
         if not dropped & {("data",), ("data", "paths")}:
-            paths = self._expand(config.data.paths)
-            # model_copy keeps the set of keys that the user wrote
-            config = config.model_copy(update={"data": config.data.model_copy(update={"paths": paths})})
+            expanded["data", "paths"] = self._expand(config.data.paths)
         for loc, names in _NAMES.items():
-            section, key = loc
-            value = getattr(getattr(config, section), key)
-            if (
-                value not in names
-                and not dropped & {(section,), loc}
-                and not Path(value).expanduser().is_file()
-            ):
+            value = getattr(getattr(config, str(loc[0])), str(loc[1]))
+            if value in names or dropped & {loc[:1], loc}:
+                continue
+            expanded[loc] = os.path.expanduser(value)
+            if not os.path.isfile(expanded[loc]):
                 near = difflib.get_close_matches(value.lower(), names, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f"; names are {', '.join(names)}"
                 self.problem(loc, f"{dotted(loc)}: there is no file '{value}'{hint}")
+        for (section, key), value in expanded.items():  # model_copy keeps the set of keys that the user wrote
+            changed = getattr(config, str(section)).model_copy(update={str(key): value})
+            config = config.model_copy(update={str(section): changed})
         return config
 
     def _expand(self, paths: list[str]) -> list[str]:
@@ -266,6 +238,7 @@ class Reading:
         if not paths:
             self.problem(loc, "data.paths: at least one .h5ad file is required")
         found: list[str] = []
+        seen: set[str] = set()
         for index, path in enumerate(paths):
             name = os.path.expanduser(path)
             matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -276,12 +249,13 @@ class Reading:
                 text = f"the file '{path}' does not exist"
             elif os.path.isdir(name):
                 text = f"'{path}' is a folder; name its files, for example {os.path.join(path, '*.h5ad')}"
-            elif twice := [match for match in matches if match in found]:
+            elif twice := [match for match in matches if os.path.realpath(match) in seen]:
                 text = f"'{twice[0]}' is listed twice, so its cells would count twice"
             if text:
                 where = "" if os.path.isabs(name) else f" (working folder: {os.getcwd()})"
                 self.problem((*loc, index), f"data.paths: {text}{where if not matches else ''}")
             found += matches
+            seen.update(map(os.path.realpath, matches))
         return found
 
     def problem(self, loc: Loc, text: str) -> None:
@@ -289,9 +263,8 @@ class Reading:
         line, depth = _line_of(self.node, loc)
         latest = self.overridden[::-1]
         wrote_it = [key for key in latest if loc[: len(key)] == key]
-        made_its_section = [
-            key for key in latest if 1 < len(loc) - 1 > depth and key[: len(loc) - 1] == loc[:-1]
-        ]
+        parent = loc[:-1]
+        made_its_section = [key for key in latest if 1 < len(parent) > depth and key[: len(parent)] == parent]
         if guilty := wrote_it or made_its_section:
             self._problem_of_override(dotted(guilty[0]), text)
             return

@@ -227,7 +227,7 @@ def test_everything_wrong_is_listed_at_once_in_the_order_of_the_file(write: Writ
         ("training: 3", "training: must be a section, that is keys and values indented below it, not 3"),
         (
             "training: {optimizer: {betas: [0.9, 0.99, 0.999]}}",
-            "training.optimizer.betas: must have at most 2 values, not 3",
+            "training.optimizer.betas: must have at most 2 values, not [0.9, 0.99, 0.999]",
         ),
         ("training: {optimizer: {betas: [0.9]}}", "training.optimizer.betas.1: is required"),
         ("training: {optimizer: {betas: [0.9, x]}}", "training.optimizer.betas.1: must be a number, not 'x'"),
@@ -293,6 +293,12 @@ def test_a_key_like_no_other_is_told_what_is_known_there(write: Write) -> None:
         "c.yaml:3: tokenizer.masking.zzz: is unknown; "
         "known here: mask_ratio, mask_token_share, random_share, reference"
     )
+
+
+def test_awkward_unknown_keys_are_only_unknown(write: Write) -> None:
+    (unknown, rule) = problems(write("model:\n  'a(': 1\n  hidden_dim: 500\n"))
+    assert unknown.startswith("c.yaml:2: model.a(: is unknown")
+    assert rule == "c.yaml:3: model: hidden_dim (500) must be divisible by num_heads (8)"
 
 
 def test_what_follows_from_a_listed_problem_is_not_listed(write: Write) -> None:
@@ -379,14 +385,15 @@ def test_whatever_a_file_holds_it_loads_or_is_a_config_error(
 
 
 def test_patterns_and_home_are_expanded_in_order(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write("data: {paths: ['~/z.h5ad', 'd/*.h5ad']}")
+    path = write("data: {paths: ['~/z.h5ad', 'd/*.h5ad'], gene_vocab: ~/z.h5ad}")
     monkeypatch.setenv("HOME", str(Path.cwd()))
     Path("d").mkdir()
     for name in ("z.h5ad", "d/b.h5ad", "d/a.h5ad"):
         Path(name).touch()
     config = load_config(path, require_data=True)
     assert config.data.paths == [str(Path.cwd() / "z.h5ad"), "d/a.h5ad", "d/b.h5ad"]
-    assert config.data.model_fields_set == {"paths"}
+    assert config.data.gene_vocab == str(Path.cwd() / "z.h5ad")
+    assert config.data.model_fields_set == {"paths", "gene_vocab"}
     assert check_paths(config) == config
 
 
@@ -404,7 +411,7 @@ def test_paths_that_lead_nowhere(write: Write) -> None:
         "    - gone.h5ad\n"
         "    - gone/*.h5ad\n"
         "    - folder\n"
-        "    - '[a].h5ad'\n"
+        "    - './[a].h5ad'\n"
         "  gene_vocab: human_protien_coding\n"
         "tokenizer:\n"
         "  gene_medians: medians.csv\n"
@@ -416,7 +423,7 @@ def test_paths_that_lead_nowhere(write: Write) -> None:
         f"c.yaml:4: data.paths: the file 'gone.h5ad' does not exist {here}",
         f"c.yaml:5: data.paths: the pattern 'gone/*.h5ad' matches no file {here}",
         "c.yaml:6: data.paths: 'folder' is a folder; name its files, for example folder/*.h5ad",
-        "c.yaml:7: data.paths: 'a.h5ad' is listed twice, so its cells would count twice",
+        "c.yaml:7: data.paths: './a.h5ad' is listed twice, so its cells would count twice",
         "c.yaml:8: data.gene_vocab: there is no file 'human_protien_coding'; "
         "did you mean human_protein_coding?",
         "c.yaml:10: tokenizer.gene_medians: there is no file 'medians.csv'; names are from_data, none",
