@@ -81,7 +81,7 @@ def batch_rows(
     """Return the cells of one batch; a pure function of its arguments.
 
     Over an epoch (`step` from 0 to `n_steps(len(rows), batch_size, world) - 1`) the ranks together see every
-    cell exactly once, except for up to `world - 1` cells that are left out so that all ranks get equally many.
+    cell exactly once, but for up to `world - 1` cells that are left out so that all ranks get equally many.
 
     Parameters
     ----------

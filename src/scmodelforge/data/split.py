@@ -71,7 +71,7 @@ def _single_cells(n_cells: int, share: float, seed: int, labels: np.ndarray | No
     spare = shuffled[np.r_[False, ordered[1:] == ordered[:-1]]]  # the first of each class always trains
     if not len(spare):
         raise DataError(
-            f"The {n_cells} cells all have different labels: none can validate without its class being unseen.\n"
+            f"The {n_cells} cells all have different labels: whichever validates, its class does not train.\n"
             "Give more cells of each class, or set data.split.val_split: 0."
         )
     n_held_out = min(max(1, round(n_cells * share)), len(spare))
@@ -98,7 +98,7 @@ def _groups(obs: pd.DataFrame, key: str) -> np.ndarray:
     codes, names = pd.factorize(obs[key].astype(str), sort=True)
     if len(names) < 2:
         raise DataError(
-            f"obs['{key}'] (data.split.group_key) has a single group, '{names[0]}'; at least two are needed.\n"
+            f"obs['{key}'] (data.split.group_key) has only the group '{names[0]}'; at least two are needed.\n"
             "Name another column, or set data.split.group_key: null to split by cell."
         )
     return codes
@@ -119,8 +119,8 @@ def _whole_groups(codes: np.ndarray, split: Split, seed: int) -> np.ndarray:
     level = logging.WARNING if abs(share - split.val_split) > split.val_split / 2 else logging.INFO
     logger.log(
         level,
-        "Validation holds %d of %d groups of obs['%s'] with %.1f%% of the cells (data.split.val_split asks for "
-        "%.1f%%; groups stay whole).",
+        "Validation holds %d of %d groups of obs['%s'] with %.1f%% of the cells (data.split.val_split asks "
+        "for %.1f%%; groups stay whole).",
         len(chosen),
         len(sizes),
         split.group_key,
