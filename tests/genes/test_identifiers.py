@@ -294,7 +294,8 @@ def test_markers_of_a_real_file_are_there(real_data: Path) -> None:
 
 def test_from_data_takes_every_gene_of_real_files(real_data: Path) -> None:
     frames = [
-        anndata.read_h5ad(real_data / f"{n}.h5ad", backed="r").var for n in ("pbmc3k", "pbmc_sorted_zheng")
+        anndata.read_h5ad(real_data / f"{n}.h5ad", backed="r").var
+        for n in ("pbmc_kang_12k", "pbmc_sorted_zheng")
     ]
     vocab = resolve_vocab("from_data", frames)
     assert vocab.species == "human"

@@ -26,7 +26,7 @@ from scmodelforge.files import atomic_path
 from scmodelforge.genes.identifiers import match_species
 from scmodelforge.genes.names import clean_ensembl_ids
 from scmodelforge.genes.reading import read_gene_table
-from scmodelforge.genes.tables import ID_PREFIX, SPECIES, load_table
+from scmodelforge.genes.tables import ID_PREFIX, SPECIES, known_genes, load_table
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class GeneVocab:
         path = Path(path)
         frame, metadata = read_gene_table(path, "gene vocabulary")
         ids = frame["gene_id"].to_numpy(object)
-        known = pd.concat([load_table(s) for s in SPECIES]).set_index("gene_id").reindex(ids)
+        known = known_genes().reindex(ids)
         text = {
             name: (frame[name].astype(str) if name in frame else known[name]).fillna("").to_numpy(object)
             for name in ("symbol", "biotype")
@@ -365,7 +365,7 @@ def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVo
         parts.append(genes[genes.gene_id != ""])
     union = pd.concat(parts).drop_duplicates("gene_id").sort_values("gene_id")
     ids = union.gene_id.to_numpy(object)
-    biotypes = pd.concat([load_table(s) for s in SPECIES]).set_index("gene_id").biotype.reindex(ids)
+    biotypes = known_genes().biotype.reindex(ids)
     vocab = GeneVocab(
         ids,
         union.symbol.to_numpy(object),

@@ -21,3 +21,9 @@ def load_table(species: str) -> pd.DataFrame:
     """
     with as_file(files(__name__) / f"{species}.parquet") as path:
         return pq.read_table(path).to_pandas()
+
+
+@cache
+def known_genes() -> pd.DataFrame:
+    """Return the genes of all species, indexed by `gene_id`; treat it as read-only."""
+    return pd.concat([load_table(species) for species in SPECIES]).set_index("gene_id")
