@@ -60,9 +60,9 @@ bears no date, its highest entry is HGNC:{last}). HGNC releases all its data int
 Cite: Seal et al., Genenames.org: the HGNC resources in 2023, Nucleic Acids Research 2023.
 
 Taken: `Previous symbols` of approved entries, joined by `Ensembl gene ID`, or by approved symbol where
-GENCODE has the symbol once and not the id. On files from 2014 to 2020 they raise the counts that match by symbol
-by 1 to 3.6 % of all; aliases, which are no official names, would add 0.1 % at most and are not taken. Mouse has
-no such source here.
+GENCODE has the symbol once and not the id. In seven public human files, matched by symbol, they raise the
+share of counts on coding genes by 1.1 to 3.6 percentage points; aliases, which were never official names, would add
+0.1 at most and are not taken. Mouse has no such source here.
 """
 
 
