@@ -61,8 +61,8 @@ Cite: Seal et al., Genenames.org: the HGNC resources in 2023, Nucleic Acids Rese
 
 Taken: `Previous symbols` of approved entries, joined by `Ensembl gene ID`, or by approved symbol where
 GENCODE has the symbol once and not the id. In seven public human files, matched by symbol, they raise the
-share of counts on coding genes by 1.1 to 3.6 percentage points; aliases, which were never official names,
-would add 0.1 at most and are not taken. Mouse has no such source here.
+share of counts on coding genes by 1.1 to 3.6 percentage points; aliases would
+add 0.1 at most and are not taken. Mouse has no such source here.
 """
 
 
