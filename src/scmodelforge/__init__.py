@@ -8,17 +8,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from scmodelforge.config import Config
-    from scmodelforge.config_io import load_config
-    from scmodelforge.data.check import check
-    from scmodelforge.errors import UserError
-    from scmodelforge.evaluation.harness import benchmark
-    from scmodelforge.finetuning.run import finetune
-    from scmodelforge.genes.vocab import GeneVocab
-    from scmodelforge.inference import annotate, embed
-    from scmodelforge.models.bundle import ModelBundle, load_model, save_bundle
-    from scmodelforge.training.run import train
+if TYPE_CHECKING:  # for editors and type checkers
+    from scmodelforge.config import Config as Config
+    from scmodelforge.config_io import load_config as load_config
+    from scmodelforge.data.check import check as check
+    from scmodelforge.errors import UserError as UserError
+    from scmodelforge.evaluation.harness import benchmark as benchmark
+    from scmodelforge.finetuning.run import finetune as finetune
+    from scmodelforge.genes.vocab import GeneVocab as GeneVocab
+    from scmodelforge.inference import annotate as annotate
+    from scmodelforge.inference import embed as embed
+    from scmodelforge.inference import tokens as tokens
+    from scmodelforge.models.bundle import ModelBundle as ModelBundle
+    from scmodelforge.models.bundle import load_model as load_model
+    from scmodelforge.models.bundle import save_bundle as save_bundle
+    from scmodelforge.training.run import train as train
+
 
 __version__ = "0.1.0"
 

@@ -277,8 +277,6 @@ def _set_up_messages() -> None:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", module=r"(lightning|torch|anndata|scanpy|umap|numba|torchmetrics|sklearn)\b"
     )

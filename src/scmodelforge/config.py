@@ -166,7 +166,13 @@ class ModelConfig(Section):
     ffn_dim: int | None = Field(
         None, ge=1, description="Width of the feed-forward layer; null: 4 × hidden_dim."
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states and attention weights.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings and sublayer outputs.")
+    attention_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of attention weights; above 0 it rules out the fast attention kernels.",
+    )
     activation: Literal["gelu", "relu"] = Field(
         "gelu", description="Activation of feed-forward layer and head."
     )

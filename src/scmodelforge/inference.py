@@ -140,7 +140,9 @@ def predict_store(
         return pd.DataFrame(
             {name: outputs[:, 0] * bundle.labels.std + bundle.labels.mean}, index=store.obs.index
         )
-    labels = pd.Categorical.from_codes(outputs.argmax(axis=1), categories=list(bundle.labels.classes))
+    labels = pd.Categorical.from_codes(
+        outputs.argmax(axis=1).tolist(), categories=pd.Index(bundle.labels.classes)
+    )
     return pd.DataFrame({name: labels, f"{name}_probability": outputs.max(axis=1)}, index=store.obs.index)
 
 
@@ -224,7 +226,7 @@ def embed_file(
     `output` may be `source`: the file is replaced when the new one is complete.
     """
     bundle = as_bundle(model)
-    store = open_for(bundle, source, config and config.data)
+    store = open_for(bundle, source, config.data if config else None)
     embeddings = embed_store(bundle, store, batch_size, pooling)
     with _edited_copy(source, output) as handle:
         write_elem(handle.require_group("obsm"), key_added, embeddings)
@@ -241,7 +243,7 @@ def annotate_file(
 ) -> pd.DataFrame:
     """Write a copy of an .h5ad file with predicted labels in `obs`; returns the predictions."""
     bundle = as_bundle(model)
-    store = open_for(bundle, source, config and config.data)
+    store = open_for(bundle, source, config.data if config else None)
     predictions = predict_store(bundle, store, batch_size)
     with _edited_copy(source, output) as handle:
         obs = anndata.io.read_elem(handle["obs"])

@@ -55,6 +55,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[TransformerEncoder, torch.nn.M
                 "activation": "relu",
                 "norm": "post",
                 "dropout": 0.02,
+                "attention_dropout": 0.02,
             },
         }
     )

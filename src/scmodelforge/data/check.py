@@ -148,7 +148,7 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         )
     elif cells.n_bad:
         problems.append(
-            f"{cells.n_bad:,} values of {matrix.place} are no counts (negative, fractional, NaN, infinite), the "
+            f"{cells.n_bad:,} values of {matrix.place} are no counts (negative, fractional, NaN, …), the "
             f"first is {cells.first_bad}: mend or remove these cells."
         )
     if share < config.min_gene_overlap:

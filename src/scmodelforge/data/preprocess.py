@@ -1,8 +1,8 @@
 """Statistics of the training cells: gene medians, empty cells, highly variable genes.
 
 Medians are exact and need bounded memory, whatever the number of cells: a first pass counts each gene's
-values in coarse bins of the logarithm, further passes (one, or two for many cells) look only into the bin where
-the middle value lies. It is a radix selection: the bits of a positive float ascend with its value.
+values in coarse bins of the logarithm, further passes (one, or two for many cells) look only into the bin
+where the middle value lies. It is a radix selection: the bits of a positive float ascend with its value.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> LoraModel:
 
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number; the scale is alpha / rank
         lora_dropout=config.dropout,
         target_modules=TARGETS,
         init_lora_weights=True,

@@ -9,7 +9,7 @@ What is special about it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from scmodelforge.config import ModelConfig
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 INITIALIZER_RANGE = 0.02  # Devlin et al. 2019; Theodoris et al. 2023
 
 
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.num_heads = config.num_heads
-        self.dropout = config.dropout
+        self.dropout = config.attention_dropout
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)

@@ -72,9 +72,9 @@ class RankValueTokenizer:
         expression = np.zeros(input_ids.shape, dtype=np.float32)
         input_ids[:, start : start + n_kept] = np.take_along_axis(tokens, order, axis=1)
         expression[:, start : start + n_kept] = np.take_along_axis(values, order, axis=1)
-        if config.prepend_cls:
+        if vocab.cls_id is not None and config.prepend_cls:
             input_ids[:, 0] = vocab.cls_id
-        if config.append_eos:
+        if vocab.eos_id is not None and config.append_eos:
             input_ids[np.arange(n_cells), lengths - 1] = vocab.eos_id
         return TokenBatch(
             input_ids=torch.from_numpy(input_ids),

@@ -35,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
     ) -> None:
         """Write to a temporary file, then rename."""
-        with atomic_path(path) as temporary:
+        with atomic_path(os.fspath(path)) as temporary:
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(
@@ -132,8 +132,9 @@ class LastCheckpoint(Checkpoint):
 class Throughput(Callback):
     """Logs cells/s, tokens/s, the share of time spent waiting for data, and the gradient norm."""
 
-    def __init__(self, wait_seconds: Callable[[], float]) -> None:
+    def __init__(self, wait_seconds: Callable[[], float], every_n_steps: int) -> None:
         self.wait_seconds = wait_seconds
+        self.every_n_steps = every_n_steps
 
     def _start(self) -> None:
         self.started, self.waited = time.perf_counter(), self.wait_seconds()
@@ -151,7 +152,7 @@ class Throughput(Callback):
         self.cells += batch.tokens.n_cells
         self.tokens += batch.n_tokens
         self.steps += 1
-        if trainer.global_step % trainer.log_every_n_steps and not trainer.is_last_batch:
+        if trainer.global_step % self.every_n_steps and not trainer.is_last_batch:
             return
         seconds = time.perf_counter() - self.started
         pl_module.log_dict(

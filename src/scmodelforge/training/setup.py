@@ -120,6 +120,7 @@ def build_trainer(
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
     """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices repeat ours
     kind, count = accelerator(training)
     if training.num_gpus and (kind, count) != ("gpu", training.num_gpus):
         found = f"{count} GPU{'s' * (count > 1)}" if kind == "gpu" else "the CPU"
@@ -145,7 +146,7 @@ def build_trainer(
         plugins=[AtomicCheckpointIO()],
         callbacks=[
             *callbacks,
-            Throughput(wait_seconds),
+            Throughput(wait_seconds, training.log_every_n_steps),
             RichProgressBar(leave=True) if sys.stdout.isatty() else ProgressLines(),
             BestCheckpoint(folders.checkpoints, monitor, mode, training.save_top_k),
             LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
@@ -163,7 +164,7 @@ def _loggers(training: TrainingConfig, folders: RunFolders, resumed_step: int) -
         offline = not wandb.login(prompt=False)
         if offline:
             log.warning(
-                "No Weights & Biases account is set up: the run is logged offline into %s ('wandb sync' uploads it).",
+                "No Weights & Biases account is set up: logging offline into %s ('wandb sync' uploads it).",
                 folders.run / "wandb",
             )
         loggers.append(

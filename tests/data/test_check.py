@@ -1,0 +1,155 @@
+"""What a matrix holds is recognised, and the report and the errors say what to do."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from scmodelforge.config import DataConfig
+from scmodelforge.config_io import starter_yaml
+from scmodelforge.data.check import check, check_data
+from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.state import matrix_state, require_counts
+from scmodelforge.data.store import open_store
+from scmodelforge.errors import DataError
+from tests.data.files import NO_MINIMUM, make_adata
+from tests.helpers import make_vocab
+
+COUNTS = np.random.default_rng(0).negative_binomial(1, 0.3, size=(60, 40))
+NORMALIZED = COUNTS / COUNTS.sum(axis=1, keepdims=True) * 10_000
+LOG1P = np.log1p(NORMALIZED)
+VOCAB = make_vocab(30)
+
+
+def adata_of(values, **layers):
+    adata = make_adata(np.asarray(values), np.arange(values.shape[1]))
+    for name, layer in layers.items():
+        adata.layers[name] = sparse.csr_matrix(layer.astype(np.float32))
+    return adata
+
+
+def broken(value, count=1):
+    values = COUNTS.astype(float)
+    values[3, :count] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "detail"),
+    [
+        (COUNTS, "counts", "whole numbers up to"),
+        (NORMALIZED, "normalized", "each cell adds up to 10,000"),
+        (NORMALIZED[:, :25], "normalized", "multiples of each cell's smallest value"),
+        (LOG1P, "log1p", "log1p of 10,000 a cell"),
+        (LOG1P[:, :25], "log1p", "log-transformed"),
+        (LOG1P - LOG1P.mean(axis=0), "scaled", "negative values"),
+        (COUNTS * np.random.default_rng(1).uniform(0.5, 9, COUNTS.shape), "fractional", "neither counts"),
+        (COUNTS * 0, "empty", "zeros only"),
+        (broken(np.nan), "invalid", "nan in cell 'cell3', gene 'v0'"),
+        (broken(-2.0), "invalid", "negative whole numbers (-2 in cell 'cell3', gene 'v0')"),
+    ],
+)
+def test_states(values, kind, detail):
+    state = matrix_state(open_matrix(adata_of(values)))
+    assert state.kind == kind
+    assert detail in state.detail
+
+
+def test_real_logarithms_are_recognised(real_data):
+    assert matrix_state(open_matrix(real_data / "sciplex3_lognorm.h5ad")).kind == "log1p"
+
+
+@pytest.mark.parametrize("values", [LOG1P, NORMALIZED, broken(np.nan), COUNTS * 0])
+def test_counts_in_a_layer_are_pointed_to(values, tmp_path):
+    adata = adata_of(values, other=LOG1P, counts=COUNTS)
+    adata.write_h5ad(tmp_path / "log.h5ad")
+    with pytest.raises(
+        DataError, match=r"(?s)log\.h5ad': X does not hold raw counts, but .*data\.layer: counts\."
+    ):
+        require_counts(open_matrix(tmp_path / "log.h5ad"))
+    with pytest.raises(DataError, match="data.layer: counts"):
+        open_store([adata], VOCAB, NO_MINIMUM)
+
+
+def test_counts_in_raw_and_in_x_are_pointed_to():
+    adata = adata_of(LOG1P, normalized=NORMALIZED)
+    adata.raw = adata_of(COUNTS)
+    with pytest.raises(DataError, match="data.layer: raw"):
+        require_counts(open_matrix(adata))
+    adata = adata_of(COUNTS, normalized=NORMALIZED)
+    with pytest.raises(DataError, match="layer 'normalized' does not hold raw counts.*\n.*data.layer: null"):
+        require_counts(open_matrix(adata, "normalized"))
+
+
+def test_no_counts_anywhere():
+    with pytest.raises(
+        DataError, match=r"log-transformed(?s:.*)No layer and no \.raw of it holds raw counts either"
+    ):
+        require_counts(open_matrix(adata_of(LOG1P)))
+
+
+def test_models_of_expression_may_open_logarithms():
+    store = open_store([adata_of(LOG1P)], VOCAB, NO_MINIMUM, require_counts=False)
+    assert store.read(np.arange(3)).n_cells == 3
+
+
+def test_report_of_good_cells():
+    values = np.vstack([COUNTS, np.zeros((2, 40), int), [[0] * 39 + [5]]])
+    adata = adata_of(values)
+    adata.obs["cell_type"] = ["T"] * 40 + ["B"] * 20 + [None] * 3
+    adata.obs["donor_id"] = [f"d{i % 4}" for i in range(63)]
+    adata.obs["barcode"] = [f"b{i}" for i in range(63)]
+    report = check_data(adata, VOCAB, NO_MINIMUM)
+    assert (report.n_cells, report.n_genes, report.problems) == (63, 40, [])
+    assert (report.n_empty, report.n_without_genes) == (2, 3)
+    assert report.share == pytest.approx(COUNTS[:, :30].sum() / values.sum())
+    assert report.library_size["median"] == np.median(values.sum(axis=1))
+    assert report.genes_per_cell["max"] == (COUNTS[:, :30] > 0).sum(axis=1).max()
+    assert report.columns["cell_type"] == {"T": 40, "B": 20, "(missing)": 3}
+    assert "barcode" not in report.columns
+    assert (report.suggestions.label_key, report.suggestions.group_key) == ("cell_type", "donor_id")
+    text = "\n".join(report.lines())
+    for part in (
+        "63 cells × 40 genes",
+        "X: raw counts",
+        "2 values (T 40, B 20); 3 missing",
+        "2 cells have no count",
+    ):
+        assert part in text
+    assert text.endswith("Ready to train.")
+    json.dumps(report.as_dict())
+
+
+def test_report_of_logarithms_says_where_counts_are():
+    report = check_data(adata_of(LOG1P, counts=COUNTS), VOCAB, NO_MINIMUM)
+    assert report.suggestions.layer == "counts"
+    assert "set data.layer: counts" in report.problems[0]
+    assert "Not ready to train" in "\n".join(report.lines())
+
+
+def test_report_finds_what_the_sample_misses():
+    values = np.ones((5000, 4))
+    values[17, 2], values[18, 1] = -3, 0.5
+    (problem,) = check_data(make_adata(values, np.arange(4)), VOCAB, NO_MINIMUM).problems
+    assert "2 values of X are no counts" in problem
+    assert "-3 in cell 'cell17', gene 'v2'" in problem
+
+
+def test_report_of_the_wrong_species_names_the_right_vocabulary(real_data):
+    path = real_data / "mouse_brain_merfish.h5ad"
+    report = check(path, DataConfig())
+    assert "set data.gene_vocab: mouse_protein_coding" in report.problems[0]
+    assert report.suggestions.gene_vocab == "mouse_protein_coding"
+    assert "mouse_protein_coding" in starter_yaml(path, report.suggestions)
+
+
+def test_real_report(real_data):
+    report = check(real_data / "gut_crohns_kong.h5ad", DataConfig())
+    assert report.problems == []
+    assert report.suggestions.label_key == "cell_type"
+    assert report.suggestions.group_key == "donor"
+    assert report.suggestions.batch_key == "batch"
+    assert report.share > 0.9
