@@ -66,28 +66,26 @@ def test_real_logarithms_are_recognised(real_data):
 def test_counts_in_a_layer_are_pointed_to(values, tmp_path):
     adata = adata_of(values, other=LOG1P, counts=COUNTS)
     adata.write_h5ad(tmp_path / "log.h5ad")
-    with pytest.raises(
-        DataError, match=r"(?s)log\.h5ad': X does not hold raw counts, but .*data\.layer: counts\."
-    ):
+    with pytest.raises(DataError, match=r"(?s)log\.h5ad': X does not hold raw .*data\.layer: counts\."):
         require_counts(open_matrix(tmp_path / "log.h5ad"))
-    with pytest.raises(DataError, match="data.layer: counts"):
+    with pytest.raises(DataError, match=r"data\.layer: counts"):
         open_store([adata], VOCAB, NO_MINIMUM)
 
 
 def test_counts_in_raw_and_in_x_are_pointed_to():
     adata = adata_of(LOG1P, normalized=NORMALIZED)
     adata.raw = adata_of(COUNTS)
-    with pytest.raises(DataError, match="data.layer: raw"):
+    with pytest.raises(DataError, match=r"data\.layer: raw"):
         require_counts(open_matrix(adata))
     adata = adata_of(COUNTS, normalized=NORMALIZED)
-    with pytest.raises(DataError, match="layer 'normalized' does not hold raw counts.*\n.*data.layer: null"):
+    with pytest.raises(
+        DataError, match=r"layer 'normalized' does not hold raw counts.*\n.*data\.layer: null"
+    ):
         require_counts(open_matrix(adata, "normalized"))
 
 
 def test_no_counts_anywhere():
-    with pytest.raises(
-        DataError, match=r"log-transformed(?s:.*)No layer and no \.raw of it holds raw counts either"
-    ):
+    with pytest.raises(DataError, match=r"(?s)log-transformed.*No layer and no \.raw of it holds raw counts"):
         require_counts(open_matrix(adata_of(LOG1P)))
 
 

@@ -98,7 +98,8 @@ def gene_medians(
 
     # Of an even number of values the median is the mean of the middle two, each sought on its own.
     total = counts.sum(axis=1, dtype=np.int64)
-    sought = [_Sought.first(counts, (total - 1) // 2), _Sought.first(counts, total // 2)]
+    ranks = (total - 1) // 2, np.where(total > 0, total // 2, -1)
+    sought = [_Sought.first(counts, rank) for rank in ranks]
     while sum(middle.n_collected for middle in sought) > MAX_COLLECTED:
         finer = [np.zeros_like(counts) for _ in sought]
         for block in blocks:
@@ -209,7 +210,8 @@ def select_hvg(
 ) -> np.ndarray:
     """Return the most variable genes of the given cells, by `scanpy.pp.highly_variable_genes`.
 
-    Values are log1p of the counts, normalized as `preprocessing` says by the library size over all genes.
+    Values are log1p of the counts, normalized as `preprocessing` says by the library size over all genes;
+    genes without a count in these cells are left out before scanpy sees them.
 
     Parameters
     ----------
