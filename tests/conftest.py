@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from scmodelforge.training.run import RunResult
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -15,3 +19,27 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"needs the real cells in {REAL_DATA}, which is not there")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A tiny model that `train` pretrained on `helpers.marker_cells`; nobody changes it."""
+    import torch
+
+    from scmodelforge.training.run import train
+    from tests.helpers import marker_cells, tiny_config
+
+    torch.set_num_threads(1)
+    return train(
+        tiny_config(tmp_path_factory.mktemp("pretrained"), training={"max_epochs": 4}), data=marker_cells()
+    )
+
+
+@pytest.fixture(scope="session")
+def annotator(pretrained: RunResult, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """The same model after `finetune` taught it the cell types; nobody changes it."""
+    from scmodelforge.finetuning.run import finetune
+    from tests.helpers import finetune_config, marker_cells
+
+    config = finetune_config(tmp_path_factory.mktemp("annotator"))
+    return finetune(config, pretrained.checkpoint_dir / "best.ckpt", data=marker_cells())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
+from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 
@@ -24,7 +30,7 @@ def make_vocab(n_genes: int, medians: np.ndarray | None = None, layout: str = "g
 
 
 def make_cells(counts: np.ndarray, unmatched: np.ndarray | None = None, first_row: int = 0) -> CellBatch:
-    """A batch from dense counts (n_cells, n_genes); `unmatched` are counts of genes outside the vocabulary."""
+    """A batch from dense counts (n_cells, n_genes); `unmatched`: counts of genes outside the vocabulary."""
     matrix = sparse.csr_matrix(counts.astype(np.float32))
     total = counts.sum(axis=1) + (0 if unmatched is None else unmatched)
     return CellBatch(
@@ -33,4 +39,72 @@ def make_cells(counts: np.ndarray, unmatched: np.ndarray | None = None, first_ro
         counts=matrix.data,
         library_size=total.astype(np.float32),
         cell_index=np.arange(first_row, first_row + len(counts), dtype=np.int64),
+    )
+
+
+MARKERS = {"B": range(0, 6), "NK": range(6, 12), "T": range(12, 18)}
+
+
+def marker_cells(n_cells: int = 240, seed: int = 0) -> ad.AnnData:
+    """Cells of three types with six marker genes each, among 40 genes; a label and a number can be learned.
+
+    obs: `cell_type` (by the markers), `donor` (four), and `age` in years (20 to 80), which moves counts from
+    the last six genes to the six before them.
+    """
+    rng = np.random.default_rng(seed)
+    rates = np.full((n_cells, 40), 1.0)
+    cell_type = rng.choice(list(MARKERS), n_cells)
+    for name, genes in MARKERS.items():
+        rates[:, genes] = np.where(cell_type == name, 5.0, 0.02)[:, None]
+    age = rng.uniform(20, 80, n_cells)
+    share = ((age - 20) / 60)[:, None]
+    rates[:, 28:34], rates[:, 34:40] = 4 * share, 4 * (1 - share)
+    return ad.AnnData(
+        sparse.csr_matrix(rng.poisson(rates).astype(np.float32)),
+        obs=pd.DataFrame(
+            {
+                "cell_type": pd.Categorical(cell_type),
+                "donor": pd.Categorical([f"d{i % 4}" for i in range(n_cells)]),
+                "age": age,
+            },
+            index=[f"cell{i}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(40)]),
+    )
+
+
+def tiny_config(run_dir: Path, **sections: dict[str, Any]) -> Config:
+    """A model that trains in seconds on `marker_cells`; `sections` are laid over, key by key."""
+    tree: dict[str, Any] = {
+        "data": {"gene_vocab": "from_data", "split": {"val_split": 0.25}},
+        "tokenizer": {"max_genes": 32},
+        "model": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "dropout": 0.0},
+        "training": {
+            "batch_size": 30,
+            "max_epochs": 2,
+            "num_gpus": 0,
+            "log_every_n_steps": 2,
+            "run_dir": str(run_dir),
+            "optimizer": {"lr": 1e-2},
+        },
+    }
+    return Config.model_validate(_over(tree, sections))
+
+
+def _over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _over(tree[key], value) for key, value in changes.items() if isinstance(tree.get(key), dict)
+    }
+    return tree | changes | nested
+
+
+def finetune_config(run_dir: Path, training: dict[str, Any] | None = None, **finetune: Any) -> Config:
+    """As `tiny_config`, without the sections that the checkpoint brings."""
+    sections = tiny_config(run_dir, training={"max_epochs": 4} | (training or {})).model_dump()
+    return Config.model_validate(
+        {
+            "data": {"split": sections["data"]["split"]},
+            "training": sections["training"],
+            "finetune": finetune,
+        }
     )
