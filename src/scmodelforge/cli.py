@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
+import scmodelforge
 from scmodelforge.errors import UserError
 
 app = typer.Typer(
     name="scmodelforge",
-    help="Pretrain, fine-tune and evaluate single-cell foundation models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +27,8 @@ config_app = typer.Typer(help="About config files.", no_args_is_help=True, rich_
 app.add_typer(config_app, name="config")
 
 log = logging.getLogger(__name__)
+
+MODEL_SECTIONS = ("data", "tokenizer", "model")  # compared with those of the model where there is one
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file.")]
 SetOption = Annotated[
@@ -40,6 +42,21 @@ InPlaceOption = Annotated[bool, typer.Option("--in-place", help="Write into the 
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cells per batch.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"scmodelforge {scmodelforge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Pretrain, fine-tune and evaluate single-cell foundation models."""
+
+
 @app.command()
 def train(
     config: ConfigOption = None,
@@ -49,7 +66,8 @@ def train(
     """Pretrain a model on the cells of a config."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(_needed(config, "train"), set_ or [], require_data=True)
+    sections = (*MODEL_SECTIONS, "training")
+    settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
     from scmodelforge.training.run import train as run
 
     _finish_run(run(settings, resume=resume), f"scmodelforge train --config {config}")
@@ -65,7 +83,8 @@ def finetune(
     """Teach a pretrained model the labels of some cells."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(_needed(config, "finetune"), set_ or [], require_data=True)
+    sections = (*MODEL_SECTIONS, "training", "finetune")
+    settings = load_config(_needed(config, "finetune"), set_ or [], sections, require_data=True)
     from scmodelforge.finetuning.run import finetune as run
 
     again = f"scmodelforge finetune --config {config} --checkpoint {checkpoint}"
@@ -83,7 +102,7 @@ def benchmark(
     """Compare a model with its baselines on labelled cells."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(config, set_ or [])
+    settings = load_config(config, set_ or [], (*MODEL_SECTIONS, "eval"))
     from scmodelforge.evaluation.harness import benchmark as run
 
     _print_results(run(settings, model, data, output))
@@ -108,7 +127,7 @@ def embed(
     """Write cell embeddings into obsm of a copy of the file, or of the file itself."""
     from scmodelforge.config_io import load_config
 
-    settings, target = load_config(config, set_ or []), _target(data, output, in_place)
+    settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(data, output, in_place)
     if pooling not in (None, "mean", "cls"):
         raise UserError(f"--pooling is '{pooling}'; it must be mean or cls.")
     from scmodelforge.inference import embed_file
@@ -132,14 +151,15 @@ def annotate(
     """Write the labels that a fine-tuned model predicts into obs."""
     from scmodelforge.config_io import load_config
 
-    settings, target = load_config(config, set_ or []), _target(data, output, in_place)
+    settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(data, output, in_place)
     from scmodelforge.inference import annotate_file
 
     predictions = annotate_file(data, target, model, batch_size=batch_size, config=settings)
     name = predictions.columns[0]
     if predictions[name].dtype == "category":
         for label, count in predictions[name].value_counts().items():
-            print(f"{count:>8,}  {label}")
+            if count:
+                print(f"{count:>8,}  {label}")
     print(f"{len(predictions):,} cells annotated: obs['{name}'] of {target}")
 
 
@@ -152,7 +172,7 @@ def check(
     """Say what is in a file and whether it can be trained on (exit code 2 if not)."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(config, set_ or [])
+    settings = load_config(config, set_ or [], ("data",))
     from scmodelforge.data.check import check as run
 
     report = run(data, settings.data)
@@ -173,7 +193,7 @@ def tokens(
     """Show what a cell becomes."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(config, set_ or [])
+    settings = load_config(config, set_ or [], MODEL_SECTIONS)
     from scmodelforge.inference import tokens as run
 
     table = run(data, cell, model=model, config=settings)
@@ -194,7 +214,13 @@ def init(
 
     if output.exists():
         raise UserError(f"'{output}' exists already. Choose another name with --output.")
-    write_text(output, starter_yaml(data, run(data, DataConfig()).suggestions))
+    report = run(data, DataConfig())
+    found = report.suggestions
+    write_text(output, starter_yaml(data, found))
+    if report.problems:  # does what is suggested solve them?
+        report = run(data, DataConfig(layer=found.layer, gene_vocab=found.gene_vocab or "from_data"))
+    for problem in report.problems:
+        log.warning("These cells cannot be trained on yet: %s", problem)
     print(f"{output} is ready; start with: scmodelforge train --config {output}")
 
 
@@ -211,7 +237,8 @@ def config_schema() -> None:
 def _needed(config: Path | None, command: str) -> Path:
     if config is None:
         raise UserError(
-            f"'{command}' needs a config: --config FILE. 'scmodelforge init data.h5ad' writes one to start from."
+            f"'{command}' needs a config: --config FILE.\n"
+            "'scmodelforge init DATA.h5ad' writes one to start from."
         )
     return config
 
@@ -227,7 +254,9 @@ def _finish_run(result, again: str) -> None:  # type: ignore[no-untyped-def]
         print(f"Stopped. To go on:\n  {again} --resume {result.checkpoint_dir / 'last.ckpt'}")
         raise typer.Exit(130)
     figures = "  ".join(
-        f"{name} {value:.4f}" for name, value in result.metrics.items() if name.startswith("val_")
+        f"{name} {value:.4g}"
+        for name, value in result.metrics.items()
+        if name.startswith("val_") and name != "val_n_asked"
     )
     print(f"Done. {figures}")
     print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
@@ -269,10 +298,24 @@ class _MessageFormat(logging.Formatter):
         return prefix + super().format(record)
 
 
+class _Once(logging.Filter):
+    """Nothing is said twice: each embedding of a benchmark meets the same unlabelled cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self.said
+        self.said.add(record.getMessage())
+        return new
+
+
 def _set_up_messages() -> None:
     """Our own messages go to stderr; what other libraries chat about stays out."""
     handler = logging.StreamHandler()
     handler.setFormatter(_MessageFormat("%(message)s"))
+    handler.addFilter(_Once())
     ours = logging.getLogger("scmodelforge")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)

@@ -52,14 +52,11 @@ def load_config(
     reading = Reading(str(path) if path is not None else "config")
     data = reading.parse(_read_text(Path(path))) if path is not None else {}
     config = _finish(reading, data, overrides, require_data)
-    for name in sorted(config.model_fields_set.difference(sections or Config.model_fields)):
-        asked = any(loc[0] == name for loc in reading.overridden)  # on the command line, so for this command
-        logger.log(
-            logging.WARNING if asked else logging.INFO,
-            "%s: the section '%s' has no effect on this command.",
-            reading.name,
-            name,
-        )
+    idle = config.model_fields_set.difference(sections or Config.model_fields)
+    asked = {str(loc[0]) for loc in reading.overridden}  # on the command line, so meant for this command
+    for level, names in ((logging.WARNING, idle & asked), (logging.INFO, idle - asked)):
+        if names:
+            logger.log(level, "%s: not used by this command: %s.", reading.name, ", ".join(sorted(names)))
     return config
 
 

@@ -18,11 +18,28 @@ def ensure_writable(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(part for part in (folder, *folder.parents) if part.exists())
+        raise UserError(
+            f"Cannot write into the folder '{folder}': '{file}' is a file.\nChoose another output folder."
+        ) from error
     except OSError as error:
         raise UserError(
             f"Cannot write into the folder '{folder}': {error.strerror or error}.\n"
             "Choose another output folder, or change its permissions."
         ) from error
+
+
+def ensure_target(target: str | Path) -> Path:
+    """Return `target` if a file can be written under this name; raise `UserError` otherwise.
+
+    Commands ask this before long work, so that its result is not lost for want of a place.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise UserError(f"'{target}' is a folder; the output must be the name of a file in it.")
+    ensure_writable(target.parent)
+    return target
 
 
 @contextmanager
@@ -34,11 +51,10 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     Raises
     ------
     UserError
-        If the folder cannot be created or written.
+        If the folder cannot be created or written, or `target` is a folder.
     """
-    target = Path(target)
-    folder = ensure_writable(target.parent)
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    target = ensure_target(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as handle:

@@ -26,9 +26,10 @@ from scmodelforge.data.h5ad import open_matrix
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError, ModelError
-from scmodelforge.files import atomic_path
+from scmodelforge.files import atomic_path, ensure_target
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
-from scmodelforge.models.bundle import ModelBundle, load_model
+from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
+from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.rank_value import RankValueTokenizer
 
@@ -41,6 +42,14 @@ THREADS = 2
 def as_bundle(model: ModelBundle | str | Path) -> ModelBundle:
     """A loaded model, from itself or from the path of a checkpoint or model folder."""
     return model if isinstance(model, ModelBundle) else load_model(model)
+
+
+def _bundle_for(model: ModelBundle | str | Path, config: Config | None) -> ModelBundle:
+    """A loaded model that `config` does not contradict."""
+    bundle = as_bundle(model)
+    if config is not None:
+        with_model_of(config, bundle, "memory" if isinstance(model, ModelBundle) else str(model))
+    return bundle
 
 
 def default_device() -> str:
@@ -61,7 +70,7 @@ def open_for(bundle: ModelBundle, data: AnnData | str | Path, config: DataConfig
     Parameters
     ----------
     config
-        Where the counts and gene ids are (`layer`, `gene_column`, `min_gene_overlap`); the rest is the model's.
+        Where counts and gene ids are (`layer`, `gene_column`, `min_gene_overlap`); the rest is the model's.
 
     Raises
     ------
@@ -71,14 +80,15 @@ def open_for(bundle: ModelBundle, data: AnnData | str | Path, config: DataConfig
     return open_store([data], bundle.vocab, config or DataConfig())
 
 
-def token_batches(store: CellStore, tokenizer: RankValueTokenizer, batch_size: int) -> Iterator[TokenBatch]:
-    """Token batches of all cells of a store, in its order, made by threads ahead of the model."""
+def token_batches(
+    store: CellStore, rows: np.ndarray, tokenizer: RankValueTokenizer, batch_size: int
+) -> Iterator[TokenBatch]:
+    """Token batches of the given rows of a store, in their order, made by threads ahead of the model."""
 
     def make(epoch: int, step: int) -> TokenBatch:
-        rows = np.arange(step * batch_size, min((step + 1) * batch_size, store.n_cells))
-        return tokenizer(store.read(rows))
+        return tokenizer(store.read(rows[step * batch_size : (step + 1) * batch_size]))
 
-    yield from BatchLoader(make, -(-store.n_cells // batch_size), THREADS)
+    yield from BatchLoader(make, -(-len(rows) // batch_size), THREADS)
 
 
 def embed_store(
@@ -87,18 +97,21 @@ def embed_store(
     batch_size: int = 64,
     pooling: str | None = None,
     device: str | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Embed all cells of a store; float32 (n_cells, hidden_dim), in the store's order."""
+    """Embed cells of a store: all of them, or the given rows; float32 (n_cells, hidden_dim) in that order."""
     device = device or default_device()
     model = bundle.model.to(device).eval()
     if (pooling or model.pooling) == "cls" and not bundle.config.tokenizer.prepend_cls:
         log.warning("pooling cls: this model has no <cls> token, so the first gene's hidden state is taken.")
-    embeddings = np.empty((store.n_cells, model.hidden_dim), dtype=np.float32)
-    n_empty = 0
+    rows = np.arange(store.n_cells) if rows is None else rows
+    embeddings = np.empty((len(rows), model.hidden_dim), dtype=np.float32)
+    done, n_empty = 0, 0
     with torch.inference_mode():
-        for tokens in token_batches(store, build_tokenizer(bundle), batch_size):
+        for tokens in token_batches(store, rows, build_tokenizer(bundle), batch_size):
             vectors = model.encode(tokens.to(device), pooling)
-            embeddings[tokens.cell_index.numpy()] = vectors.float().cpu().numpy()
+            embeddings[done : done + tokens.n_cells] = vectors.float().cpu().numpy()
+            done += tokens.n_cells
             n_empty += int((tokens.values.count_nonzero(dim=1) == 0).sum())
     if n_empty:
         log.warning(
@@ -122,28 +135,32 @@ def predict_store(
     ModelError
         If the model was not fine-tuned.
     """
-    if bundle.labels is None or bundle.head is None:
-        raise ModelError(
-            "This model was not fine-tuned, so it knows no labels. Fine-tune it first (scmodelforge finetune)."
-        )
+    labels, head = _require_labels(bundle)
     device = device or default_device()
-    model, head = bundle.model.to(device).eval(), bundle.head.to(device).eval()
-    outputs = np.empty((store.n_cells, bundle.labels.n_outputs), dtype=np.float32)
+    model, head = bundle.model.to(device).eval(), head.to(device).eval()
+    outputs = np.empty((store.n_cells, labels.n_outputs), dtype=np.float32)
     with torch.inference_mode():
         for tokens in token_batches(store, build_tokenizer(bundle), batch_size):
             prediction = head(model.encode(tokens.to(device))).float()
-            if bundle.labels.task == "classification":
+            if labels.task == "classification":
                 prediction = prediction.softmax(dim=1)
             outputs[tokens.cell_index.numpy()] = prediction.cpu().numpy()
-    name = f"scmodelforge_{bundle.labels.key}"
-    if bundle.labels.task == "regression":
-        return pd.DataFrame(
-            {name: outputs[:, 0] * bundle.labels.std + bundle.labels.mean}, index=store.obs.index
-        )
-    labels = pd.Categorical.from_codes(
-        outputs.argmax(axis=1).tolist(), categories=pd.Index(bundle.labels.classes)
+    name = f"scmodelforge_{labels.key}"
+    if labels.task == "regression":
+        return pd.DataFrame({name: outputs[:, 0] * labels.std + labels.mean}, index=store.obs.index)
+    predicted = pd.Categorical.from_codes(
+        outputs.argmax(axis=1).tolist(), categories=pd.Index(labels.classes)
     )
-    return pd.DataFrame({name: labels, f"{name}_probability": outputs.max(axis=1)}, index=store.obs.index)
+    return pd.DataFrame({name: predicted, f"{name}_probability": outputs.max(axis=1)}, index=store.obs.index)
+
+
+def _require_labels(bundle: ModelBundle) -> tuple[Labels, PredictionHead]:
+    """Labels and head of a fine-tuned model."""
+    if bundle.labels is None or bundle.head is None:
+        raise ModelError(
+            "This model was not fine-tuned, so it knows no labels.\nFine-tune it first: scmodelforge finetune"
+        )
+    return bundle.labels, bundle.head
 
 
 def embed(
@@ -225,7 +242,10 @@ def embed_file(
 
     `output` may be `source`: the file is replaced when the new one is complete.
     """
-    bundle = as_bundle(model)
+    if "/" in key_added:  # HDF5 would make a group of it, which is no embedding
+        raise DataError(f"The key '{key_added}' holds a '/', which no name in obsm of a file can.")
+    ensure_target(output)
+    bundle = _bundle_for(model, config)
     store = open_for(bundle, source, config.data if config else None)
     embeddings = embed_store(bundle, store, batch_size, pooling)
     with _edited_copy(source, output) as handle:
@@ -242,7 +262,9 @@ def annotate_file(
     config: Config | None = None,
 ) -> pd.DataFrame:
     """Write a copy of an .h5ad file with predicted labels in `obs`; returns the predictions."""
-    bundle = as_bundle(model)
+    ensure_target(output)
+    bundle = _bundle_for(model, config)
+    _require_labels(bundle)
     store = open_for(bundle, source, config.data if config else None)
     predictions = predict_store(bundle, store, batch_size)
     with _edited_copy(source, output) as handle:
@@ -277,7 +299,7 @@ def tokens(
     """
     config = config or Config()
     if model is not None:
-        bundle = as_bundle(model)
+        bundle = _bundle_for(model, config)
         store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle)
     else:
         vocab = resolve_vocab(
@@ -300,6 +322,7 @@ def tokens(
         row = int(cell)
     else:
         raise DataError(
-            f"There is no cell '{cell}': give a row from 0 to {store.n_cells - 1}, or a name such as '{names[0]}'."
+            f"'{store.files[0]}' has no cell '{cell}'.\n"
+            f"Give a row from 0 to {store.n_cells - 1}, or a name such as '{names[0]}'."
         )
     return tokenizer.explain(store.read(np.array([row])))

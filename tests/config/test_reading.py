@@ -447,6 +447,6 @@ def test_sections_without_effect_are_said(write: Write, caplog: pytest.LogCaptur
     path = write("training: {seed: 1}\nmodel: {num_heads: 8}\n")
     load_config(path, ["finetune.label_key=x"], sections={"model", "eval"})
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "c.yaml: the section 'finetune' has no effect on this command."),
-        ("INFO", "c.yaml: the section 'training' has no effect on this command."),
+        ("WARNING", "c.yaml: not used by this command: finetune."),
+        ("INFO", "c.yaml: not used by this command: training."),
     ]

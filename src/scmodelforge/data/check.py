@@ -17,7 +17,7 @@ from scmodelforge.config import DataConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
 from scmodelforge.data.state import locate, matrix_state, row_sums
-from scmodelforge.data.store import to_vocabulary
+from scmodelforge.data.store import to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
 
@@ -156,6 +156,8 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
             f"only {share:.1%} of the counts are on genes of the vocabulary '{vocab.name}', below "
             f"data.min_gene_overlap ({config.min_gene_overlap:.1%}). {likely_cause(match, vocab, matrix.var)}"
         )
+    else:
+        warn_if_few(matrix, match, vocab, share)
     best_layer = config.layer if config.layer in counted or not counted else counted[0]
     columns = _columns(matrix.obs)
     return CheckReport(

@@ -200,7 +200,9 @@ def _open_file(path: Path, name: str, cache_bytes: int) -> h5py.File:
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.h5ad")], n=1)
         hint = f" Did you mean '{path.with_name(near[0])}'?" if near else ""
-        raise DataError(f"The data file '{name}' does not exist.{hint}\nCheck the path (data.paths).")
+        raise DataError(
+            f"The data file '{name}' does not exist.{hint}\nCheck the path (working folder: {Path.cwd()})."
+        )
     if path.is_dir():
         raise DataError(f"'{name}' is a folder; expected the path of an .h5ad file.")
     try:

@@ -142,6 +142,10 @@ def require_counts(matrix: Matrix, state: MatrixState | None = None) -> None:
     if found := counts_elsewhere(matrix):
         places = " or ".join(f"data.layer: {'null' if layer is None else layer}" for layer in found)
         raise DataError(f"{message}Raw counts are in the same file: set {places}.")
+    if state.kind == "invalid":
+        raise DataError(
+            f"{message}Mend or remove these cells, or name the layer with the counts (data.layer)."
+        )
     raise DataError(
         f"{message}No layer and no .raw of it holds raw counts either. Use the file as it was before "
         "normalization, or store the counts in a layer and name it with data.layer."

@@ -6,6 +6,7 @@ time: genes outside are dropped after they counted for the library size, several
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -21,6 +22,9 @@ from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab
 
+log = logging.getLogger(__name__)
+
+FEW = 0.5  # share of counts on vocabulary genes below which something is probably wrong
 ALL_CACHES_BYTES = 512 * 2**20  # shared by the chunk caches of all files
 
 
@@ -151,8 +155,21 @@ def open_store(
                 f"'{vocab.name}'; data.min_gene_overlap asks for {config.min_gene_overlap:.1%}.\n"
                 f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
             )
+        warn_if_few(matrix, match, vocab, sample.share)
         store.sampled.append(sample)
     return store
+
+
+def warn_if_few(matrix: Matrix, match: GeneMatch, vocab: GeneVocab, share: float) -> None:
+    """Warn, with the likely cause, where much of a file's counts is outside the vocabulary."""
+    if share < FEW:
+        log.warning(
+            "'%s': only %s of the counts are on genes of the vocabulary '%s'. %s",
+            matrix.name,
+            f"{share:.1%}",
+            vocab.name,
+            likely_cause(match, vocab, matrix.var),
+        )
 
 
 def to_vocabulary(block: Rows, match: GeneMatch, n_genes: int) -> Rows:

@@ -40,6 +40,37 @@ NAMES = {  # of the Benchmarker: ours
 }
 
 
+def quality_cells(
+    obs: pd.DataFrame, params: EmbeddingQualityParams, seed: int, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the rows to score, their labels and batches; needs no embedding, so it goes first.
+
+    Raises
+    ------
+    DataError
+        If labels or batches cannot be used, cells are too few, or no class occurs in two batches.
+    """
+    mask, labels = usable_labels(obs, params.cell_type_key, where, drop_unlabelled=params.drop_unlabelled)
+    rows = np.flatnonzero(mask)
+    batches = usable_groups(obs.iloc[rows], params.batch_key, where) if params.batch_key else None
+    if len(rows) > params.max_cells:
+        log.info(
+            "embedding_quality: %s of %s cells, drawn at random (max_cells)", params.max_cells, len(rows)
+        )
+        kept = np.sort(np.random.default_rng(seed).choice(len(rows), params.max_cells, replace=False))
+        rows, labels = rows[kept], labels[kept]
+        batches = None if batches is None else batches[kept]
+    if len(rows) < MIN_CELLS:
+        raise DataError(
+            f"embedding_quality looks at {MIN_CELLS} neighbours of a cell, and {where} leaves "
+            f"{len(rows)} cells.\n"
+            f"Give at least {MIN_CELLS} labelled cells, or raise max_cells if it is smaller."
+        )
+    if batches is not None:
+        _check_batches(labels, batches, params, where)
+    return rows, labels, batches
+
+
 def embedding_quality(
     embedding: np.ndarray,
     obs: pd.DataFrame,
@@ -80,25 +111,8 @@ def embedding_quality(
         a metric is undefined.
     """
     require_extra("scib_metrics", "eval", "The benchmark embedding_quality")
-    mask, labels = usable_labels(obs, params.cell_type_key, where, drop_unlabelled=params.drop_unlabelled)
+    rows, labels, batches = quality_cells(obs, params, seed, where)
     check_embedding(embedding, len(obs))
-    rows = np.flatnonzero(mask)
-    batches = usable_groups(obs.iloc[rows], params.batch_key, where) if params.batch_key else None
-    if len(rows) > params.max_cells:
-        log.info(
-            "embedding_quality: %s of %s cells, drawn at random (max_cells)", params.max_cells, len(rows)
-        )
-        kept = np.sort(np.random.default_rng(seed).choice(len(rows), params.max_cells, replace=False))
-        rows, labels = rows[kept], labels[kept]
-        batches = None if batches is None else batches[kept]
-    if len(rows) < MIN_CELLS:
-        raise DataError(
-            f"embedding_quality looks at {MIN_CELLS} neighbours of a cell, and {where} leaves "
-            f"{len(rows)} cells.\n"
-            f"Give at least {MIN_CELLS} labelled cells, or raise max_cells if it is smaller."
-        )
-    if batches is not None:
-        _check_batches(labels, batches, params, where)
     log.info(
         "embedding_quality: %s cells; scib-metrics compiles its code at its first use (a minute)", len(rows)
     )

@@ -1,4 +1,4 @@
-"""Many benchmarks of one model on one data set, with the baselines beside it, on the same cells and splits."""
+"""Many benchmarks of one model on one data set, beside its baselines, on the same cells and splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from scmodelforge.config import Config, EmbeddingQualitySpec
 from scmodelforge.data.h5ad import open_matrix
 from scmodelforge.errors import require_extra
 from scmodelforge.evaluation.baselines import pca_embedding
-from scmodelforge.files import ensure_writable, write_text
+from scmodelforge.evaluation.embedding_quality import quality_cells
+from scmodelforge.evaluation.linear_probe import probe_cells
+from scmodelforge.files import ensure_target, write_text
 from scmodelforge.inference import as_bundle, embed_store, open_for
 from scmodelforge.models.bundle import ModelBundle, build_model, with_model_of
 
@@ -74,12 +76,17 @@ def benchmark(
     for spec in config.eval.benchmarks:
         if isinstance(spec, EmbeddingQualitySpec):
             require_extra("scib_metrics", "eval", "The benchmark embedding_quality")
+    if output is not None:
+        ensure_target(output)
     bundle = as_bundle(model)
     with_model_of(config, bundle, str(model) if not isinstance(model, ModelBundle) else "memory")
-    if output is not None:
-        ensure_writable(Path(output).parent)
     store = open_for(bundle, data, config.data)
     where = str(store.files[0])
+    for spec in config.eval.benchmarks:  # labels are cheap to check, embedding all cells is not
+        if isinstance(spec, EmbeddingQualitySpec):
+            quality_cells(store.obs, spec.params, config.eval.seed, where)
+        else:
+            probe_cells(store.obs, spec.params, config.eval.seed, where)
 
     embeddings = {"model": embed_store(bundle, store, config.eval.batch_size)}
     if "untrained" in config.eval.baselines:

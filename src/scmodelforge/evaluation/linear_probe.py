@@ -20,6 +20,28 @@ log = logging.getLogger(__name__)
 MAX_ITERATIONS = 1000  # of lbfgs; standardized embeddings converge within some hundred
 
 
+def probe_cells(
+    obs: pd.DataFrame, params: LinearProbeParams, seed: int, where: str
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return the mask of the cells to use, their labels and the splits; needs no embedding, so it goes first.
+
+    Raises
+    ------
+    DataError
+        If labels or groups cannot be used.
+    """
+    mask, labels = usable_labels(
+        obs,
+        params.cell_type_key,
+        where,
+        drop_unlabelled=params.drop_unlabelled,
+        min_cells=max(2, params.min_cells_per_class),  # one cell cannot both train and test
+        drop_small=params.drop_small_classes,
+    )
+    groups = usable_groups(obs[mask], params.group_key, where) if params.group_key else None
+    return mask, labels, probe_splits(labels, params, groups, seed)
+
+
 def linear_probe(
     embedding: np.ndarray, obs: pd.DataFrame, params: LinearProbeParams, seed: int, where: str = "the data"
 ) -> dict[str, float | int | str]:
@@ -59,18 +81,9 @@ def linear_probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    mask, labels = usable_labels(
-        obs,
-        params.cell_type_key,
-        where,
-        drop_unlabelled=params.drop_unlabelled,
-        min_cells=max(2, params.min_cells_per_class),  # one cell cannot both train and test
-        drop_small=params.drop_small_classes,
-    )
+    mask, labels, splits = probe_cells(obs, params, seed, where)
     check_embedding(embedding, len(obs))
     embedding = embedding[mask]
-    groups = usable_groups(obs[mask], params.group_key, where) if params.group_key else None
-    splits = probe_splits(labels, params, groups, seed)
 
     accuracy, macro_f1, unfinished = [], [], 0
     for train, test in splits:

@@ -374,7 +374,8 @@ def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVo
         name="from_data",
     )
     n_known, n_files = int(biotypes.notna().sum()), len(var_frames)
-    logger.info(f"from_data: {vocab.n_genes:,} genes of {n_files} files, {n_known:,} known ({vocab.species})")
+    files = f"{n_files} file{'s' * (n_files > 1)}"
+    logger.info(f"from_data: {vocab.n_genes:,} genes of {files}, {n_known:,} known ({vocab.species})")
     return vocab
 
 
