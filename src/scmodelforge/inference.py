@@ -140,7 +140,7 @@ def predict_store(
     model, head = bundle.model.to(device).eval(), head.to(device).eval()
     outputs = np.empty((store.n_cells, labels.n_outputs), dtype=np.float32)
     with torch.inference_mode():
-        for tokens in token_batches(store, build_tokenizer(bundle), batch_size):
+        for tokens in token_batches(store, np.arange(store.n_cells), build_tokenizer(bundle), batch_size):
             prediction = head(model.encode(tokens.to(device))).float()
             if labels.task == "classification":
                 prediction = prediction.softmax(dim=1)
