@@ -53,6 +53,14 @@ class CellDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.threads = threads
+        self._train_loader: BatchLoader[Any] | None = None
+        self._start = {"epoch": 0, "step": 0}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches of each rank in an epoch."""
+        world = self.trainer.world_size if self.trainer else 1
+        return n_steps(len(self.train_rows), self.batch_size, world)
 
     def _loader(self, rows: np.ndarray, shuffle: bool) -> BatchLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -66,9 +74,22 @@ class CellDataModule(LightningDataModule):
         return BatchLoader(make, n_steps(len(rows), self.batch_size, world), self.threads)
 
     def train_dataloader(self) -> BatchLoader[Any]:
-        """Training batches, shuffled by (seed, epoch)."""
-        return self._loader(self.train_rows, shuffle=True)
+        """Training batches, shuffled by (seed, epoch), from where a resumed run stopped."""
+        self._train_loader = self._loader(self.train_rows, shuffle=True)
+        self._train_loader.load_state_dict(self._start)
+        return self._train_loader
 
     def val_dataloader(self) -> BatchLoader[Any]:
         """Validation batches, in the order of the file."""
         return self._loader(self.val_rows, shuffle=False)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and step of the next training batch.
+
+        Lightning saves the loader's state too, but does not restore it where an epoch has just ended.
+        """
+        return self._train_loader.state_dict() if self._train_loader else self._start
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Start where `state_dict` was taken."""
+        self._start = state_dict

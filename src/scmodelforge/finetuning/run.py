@@ -20,9 +20,11 @@ from scmodelforge.errors import DataError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
 from scmodelforge.finetuning.lora import add_lora, trainable_share
 from scmodelforge.finetuning.module import FinetuningModule, LabelledBatch
+from scmodelforge.inference import embed_store
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
     Labels,
+    ModelBundle,
     build_head,
     load_model,
     read_checkpoint,
@@ -33,6 +35,8 @@ from scmodelforge.training.run import RunResult, fit
 from scmodelforge.training.setup import check_environment, collected_notes, prepare_folders
 
 log = logging.getLogger(__name__)
+
+CELLS_FOR_SCALE = 2_000
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ def finetune(
 
         seed = config.training.seed
         bundle = replace(pretrained, config=config, labels=labels, head=build_head(config, labels, seed))
+        if not resume:
+            _fit_head_scale(bundle, prepared, seed)
         bundle.model.train()
         bundle.model.requires_grad_(not config.finetune.freeze_backbone)
         bundle.model.head.requires_grad_(False)  # the pretraining head is not used
@@ -145,6 +151,13 @@ def finetune(
             resumed_step=resumed["global_step"] if resumed else 0,
             notes=notes,
         )
+
+
+def _fit_head_scale(bundle: ModelBundle, prepared: TrainingData, seed: int) -> None:
+    """Let the head know the spread of the pretrained embeddings, on some of the training cells."""
+    chosen = np.random.default_rng(seed).permutation(prepared.train_rows)[:CELLS_FOR_SCALE]
+    embeddings = embed_store(bundle, prepared.store, rows=np.sort(chosen))
+    bundle.head.fit_scale(torch.from_numpy(embeddings))  # type: ignore[union-attr]
 
 
 def read_targets(store: CellStore, config: Config) -> Targets:

@@ -26,13 +26,27 @@ class MaskedGeneHead(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """Dropout and one linear layer over a cell embedding."""
+    """Standardize the cell embedding, then dropout and one linear layer.
+
+    The hidden states of all cells share a large common part. `fit_scale` measures mean and standard deviation
+    once, before the head is trained, so that the linear layer sees what differs between cells.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, hidden_dim: int, n_outputs: int, dropout: float) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_dim))
+        self.register_buffer("scale", torch.ones(hidden_dim))
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_dim, n_outputs)
 
+    def fit_scale(self, embeddings: torch.Tensor) -> None:
+        """Take mean and standard deviation from cell embeddings (n_cells, width)."""
+        self.mean.copy_(embeddings.mean(dim=0))
+        self.scale.copy_(embeddings.std(dim=0, correction=0).clamp(min=1e-6))
+
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """(n_cells, width) → (n_cells, n_outputs)."""
-        return self.linear(self.dropout(embedding))
+        return self.linear(self.dropout((embedding - self.mean) / self.scale))

@@ -152,7 +152,9 @@ class Throughput(Callback):
         self.cells += batch.tokens.n_cells
         self.tokens += batch.n_tokens
         self.steps += 1
-        if trainer.global_step % self.every_n_steps and not trainer.is_last_batch:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        due = trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch
+        if not (stepped and due):
             return
         seconds = time.perf_counter() - self.started
         pl_module.log_dict(

@@ -11,7 +11,13 @@ from torch import nn
 from scmodelforge.config import TrainingConfig
 from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
 from scmodelforge.models.objectives import MaskedGenePrediction, TrainingBatch
-from scmodelforge.training.optim import build_optimizer, parameter_groups, resolve_warmup, schedule
+from scmodelforge.training.optim import (
+    build_optimizer,
+    parameter_groups,
+    resolve_warmup,
+    schedule,
+    total_steps,
+)
 
 
 class TrainingModule(LightningModule):
@@ -36,7 +42,7 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.parameter_groups(), self.training_config.optimizer)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = total_steps(self.training_config, self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
         warmup = resolve_warmup(self.training_config.scheduler, total)
         factor = schedule(self.training_config.scheduler, total, warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

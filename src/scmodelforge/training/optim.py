@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from scmodelforge.config import OptimizerConfig, SchedulerConfig
+from scmodelforge.config import OptimizerConfig, SchedulerConfig, TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,15 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
     """AdamW or Adam over the groups of `parameter_groups`."""
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
+    """Optimizer steps of a whole run; the last step of an epoch may accumulate fewer batches.
+
+    Lightning's own estimate would create the loaders before a resumed run has restored their state.
+    """
+    total = training.max_epochs * math.ceil(batches_per_epoch / training.accumulate_grad_batches)
+    return min(total, training.max_steps or total)
 
 
 def resolve_warmup(config: SchedulerConfig, total_steps: int) -> int:
