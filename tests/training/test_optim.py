@@ -96,6 +96,7 @@ def test_the_optimizer_gets_what_the_config_says(name: str, kind: type) -> None:
 @pytest.mark.parametrize("name", ["adamw", "adam"])
 def test_without_a_gradient_only_weights_that_decay_move(name: str) -> None:
     layer = nn.Linear(3, 3)
+    nn.init.constant_(layer.weight, 0.5)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     config = OptimizerConfig(name=name, weight_decay=0.5)
     optimizer = build_optimizer(parameter_groups([layer], 0.1, config), config)
