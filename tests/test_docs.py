@@ -1,0 +1,94 @@
+"""The documentation says what the program does: commands parse, configs load, keys exist, the reference is current."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from scmodelforge.cli import app
+from scmodelforge.config import Config, Section
+from scmodelforge.config_io import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CLI = typer.main.get_command(app)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Page and text of every `scmodelforge …` line in a fenced block; a line that ends in \\ goes on."""
+    for page in PAGES:
+        for block in FENCE.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(\$ )?scmodelforge [a-z]", line):
+                    yield page.name, line.removeprefix("$ ")
+
+
+def keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys and sections below a section."""
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from keys(kind, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize(("page", "line"), list(commands()))
+def test_commands_parse(page: str, line: str) -> None:
+    name, *arguments = shlex.split(line.partition(" > ")[0], comments=True)[1:]
+    command, context = CLI, typer.Context(CLI)
+    while hasattr(command, "commands"):
+        assert name in command.commands, f"{page}: there is no command {name!r}"
+        command = command.commands[name]
+        if hasattr(command, "commands"):
+            name, *arguments = arguments
+    command.make_context(name, arguments, parent=context)  # parses; runs nothing
+    for override in [value for name, value in itertools.pairwise(arguments) if name == "--set"]:
+        assert override.partition("=")[0] in set(keys(Config)), f"{page}: no key {override!r}"
+
+
+def test_every_command_is_shown() -> None:
+    shown = {shlex.split(line, comments=True)[1] for page, line in commands() if page == "commands.md"}
+    assert shown == set(CLI.commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_load(path: Path) -> None:
+    assert load_config(path).model_fields_set
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_keys_in_the_text_exist(page: Path) -> None:
+    known = set(keys(Config))
+    sections = "|".join(Config.model_fields)
+    named = re.findall(rf"`((?:{sections})\.[a-z0-9_.]+)[`:]", page.read_text(encoding="utf-8"))
+    assert [key for key in named if key not in known | {"model.safetensors"}] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_yaml_in_the_text_loads(page: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)):
+        example = tmp_path / f"{number}.yaml"
+        example.write_text(text, encoding="utf-8")
+        load_config(example)
+
+
+def test_the_reference_is_current() -> None:
+    printed = runpy.run_path(str(ROOT / "scripts/build_config_reference.py"))["reference"]()
+    assert printed == (ROOT / "docs/config.md").read_text(encoding="utf-8"), (
+        "docs/config.md is not what the config tree says: run python scripts/build_config_reference.py"
+    )
+
+
+def test_links_between_pages_work() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), f"{page.name} links to {target}"
