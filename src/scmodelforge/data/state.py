@@ -81,7 +81,7 @@ def sample_matrix(matrix: Matrix, match: GeneMatch, n: int = SAMPLE_CELLS) -> Sa
     state = _state(matrix, rows, block)
     total = block.data.sum(dtype=np.float64)
     inside = block.data[match.gene_index[block.indices] >= 0].sum(dtype=np.float64)
-    return Sample(state, float(inside / total) if total else 0.0)
+    return Sample(state, float(inside / total) if 0 < total < np.inf else 0.0)
 
 
 def _evenly(matrix: Matrix, n: int) -> np.ndarray:
