@@ -22,7 +22,7 @@ from anndata.io import write_elem
 
 from scmodelforge import registry
 from scmodelforge.config import Config, DataConfig
-from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError, ModelError
@@ -64,7 +64,7 @@ def build_tokenizer(bundle: ModelBundle) -> RankValueTokenizer:
     return strategy(config.tokenizer, config.data.preprocessing, bundle.vocab)
 
 
-def open_for(bundle: ModelBundle, data: AnnData | str | Path, config: DataConfig | None = None) -> CellStore:
+def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfig | None = None) -> CellStore:
     """Open cells in the model's gene space.
 
     Parameters
@@ -77,7 +77,9 @@ def open_for(bundle: ModelBundle, data: AnnData | str | Path, config: DataConfig
     DataError
         If the file, its counts or its genes cannot be used with this model.
     """
-    return open_store([data], bundle.vocab, config or DataConfig())
+    sources = data if isinstance(data, list) else [data]
+    selected = bundle.config.data.preprocessing.hvg is not None
+    return open_store(sources, bundle.vocab, config or DataConfig(), selected_genes=selected)
 
 
 def token_batches(

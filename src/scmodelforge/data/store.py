@@ -19,7 +19,8 @@ from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
 from scmodelforge.errors import DataError
-from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
+from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
+from scmodelforge.genes.tables import SPECIES
 from scmodelforge.genes.vocab import GeneVocab
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,11 @@ class CellStore:
 
 
 def open_store(
-    sources: Sequence[Source], vocab: GeneVocab, config: DataConfig, require_counts: bool = True
+    sources: Sequence[Source],
+    vocab: GeneVocab,
+    config: DataConfig,
+    require_counts: bool = True,
+    selected_genes: bool = False,
 ) -> CellStore:
     """Open matrices as one store, and refuse early what cannot be trained on.
 
@@ -132,6 +137,9 @@ def open_store(
         `layer`, `gene_column` and `min_gene_overlap` are read.
     require_counts
         Refuse matrices that do not look like raw counts.
+    selected_genes
+        The vocabulary is a selection of variable genes, which hold a small share of the counts: ask that
+        `min_gene_overlap` of the counts is on known genes of its species instead.
 
     Raises
     ------
@@ -149,13 +157,17 @@ def open_store(
         sample = state.sample_matrix(matrix, match)
         if require_counts:
             state.require_counts(matrix, sample.state)
-        if sample.share < config.min_gene_overlap:
+        share = sample.share
+        if selected_genes and vocab.species in SPECIES:
+            known = match_species(matrix.var, vocab.species, config.gene_column)
+            share = state.sample_matrix(matrix, known).share
+        if share < config.min_gene_overlap:
             raise DataError(
-                f"'{matrix.name}': only {sample.share:.1%} of its counts are on genes of the vocabulary "
+                f"'{matrix.name}': only {share:.1%} of its counts are on genes of the vocabulary "
                 f"'{vocab.name}'; data.min_gene_overlap asks for {config.min_gene_overlap:.1%}.\n"
                 f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
             )
-        warn_if_few(matrix, match, vocab, sample.share)
+        warn_if_few(matrix, match, vocab, share)
         store.sampled.append(sample)
     return store
 

@@ -15,12 +15,12 @@ from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.split import split_cells
-from scmodelforge.data.store import CellStore, open_store
+from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
 from scmodelforge.finetuning.lora import add_lora, trainable_share
 from scmodelforge.finetuning.module import FinetuningModule, LabelledBatch
-from scmodelforge.inference import embed_store
+from scmodelforge.inference import embed_store, open_for
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
     Labels,
@@ -94,10 +94,10 @@ def finetune(
         resumed = read_checkpoint(resume) if resume else None
         folders = prepare_folders(config.training, resumed and resumed[CHECKPOINT_KEY])
 
-        sources = [data] if data is not None else list(config.data.paths)
+        sources: list = [data] if data is not None else list(config.data.paths)
         if not sources:
             raise DataError("There are no cells to fine-tune on: data.paths is empty.")
-        store = open_store(sources, pretrained.vocab, config.data)
+        store = open_for(pretrained, sources, config.data)
         targets = read_targets(store, config)
         labelled = targets.values[targets.rows]
         train, val = split_cells(

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from scmodelforge import registry
@@ -31,6 +31,7 @@ from scmodelforge.models.heads import PredictionHead
 
 CHECKPOINT_KEY = "scmodelforge"
 FORMAT_VERSION = 1
+ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"The checkpoint '{path}' does not exist.")
     try:
+        with open(path, "rb") as handle:
+            if handle.read(len(ZIP_MAGIC)) != ZIP_MAGIC:  # torch would try an older format, with any error
+                raise pickle.UnpicklingError("not written by torch.save")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
@@ -218,7 +222,9 @@ def load_model(path: str | Path) -> ModelBundle:
         if not (path / name).is_file():
             raise ModelError(f"'{path}' is not a model folder: it has no {name}.")
     try:
-        state = load_file(path / "model.safetensors")
+        with safe_open(path / "model.safetensors", framework="pt") as weights:
+            fingerprint = (weights.metadata() or {}).get("vocabulary")
+            state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"'{path / 'model.safetensors'}' is damaged: {error}") from error
     labels = None
@@ -233,6 +239,11 @@ def load_model(path: str | Path) -> ModelBundle:
         vocab = GeneVocab.load(path / "genes.parquet")
     except UserError as error:
         raise ModelError(f"The model folder '{path}' is damaged: {error}") from error
+    if fingerprint != vocab.fingerprint:
+        raise ModelError(
+            f"The model folder '{path}' is damaged: genes.parquet is not the vocabulary that the weights in "
+            "model.safetensors belong to. Take both files from the same model."
+        )
     return _assemble(config, vocab, labels, state, str(path))
 
 

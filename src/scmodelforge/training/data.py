@@ -69,8 +69,9 @@ def prepare_data(
     sources = [data] if data is not None else list(config.data.paths)
     if not sources:
         raise DataError("There are no cells to train on: data.paths is empty.")
+    selected = config.data.preprocessing.hvg is not None
     if vocab is not None:
-        store = open_store(sources, vocab, config.data)
+        store = open_store(sources, vocab, config.data, selected_genes=selected)
         return _split(config, store, vocab)
 
     var_frames = [open_matrix(source, config.data.layer).var for source in sources]
@@ -83,7 +84,9 @@ def prepare_data(
     if preprocessing.hvg is not None:
         kept = select_hvg(store, prepared.train_rows, preprocessing.hvg, preprocessing, config.training.seed)
         vocab = vocab.subset(kept)
-        prepared = replace(prepared, store=open_store(sources, vocab, config.data), vocab=vocab)
+        prepared = replace(
+            prepared, store=open_store(sources, vocab, config.data, selected_genes=True), vocab=vocab
+        )
     if config.tokenizer.gene_medians == "none":
         return prepared
     if config.tokenizer.gene_medians == "from_data":
