@@ -6,15 +6,20 @@ A mistake in the input ends with one message and exit code 2, never with a trace
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import scmodelforge
 from scmodelforge.errors import UserError
+
+if TYPE_CHECKING:
+    from scmodelforge.evaluation.harness import BenchmarkResult
+    from scmodelforge.training.run import RunResult
 
 app = typer.Typer(
     name="scmodelforge",
@@ -70,7 +75,7 @@ def train(
     settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
     from scmodelforge.training.run import train as run
 
-    _finish_run(run(settings, resume=resume), f"scmodelforge train --config {config}")
+    _finish_run(run(settings, resume=resume), f"scmodelforge train --config {config}", set_)
 
 
 @app.command()
@@ -88,7 +93,7 @@ def finetune(
     from scmodelforge.finetuning.run import finetune as run
 
     again = f"scmodelforge finetune --config {config} --checkpoint {checkpoint}"
-    _finish_run(run(settings, checkpoint, resume=resume), again)
+    _finish_run(run(settings, checkpoint, resume=resume), again, set_)
 
 
 @app.command()
@@ -249,9 +254,10 @@ def _target(data: Path, output: Path | None, in_place: bool) -> Path:
     return data if output is None else output
 
 
-def _finish_run(result, again: str) -> None:  # type: ignore[no-untyped-def]
+def _finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:
     if result.interrupted:
-        print(f"Stopped. To go on:\n  {again} --resume {result.checkpoint_dir / 'last.ckpt'}")
+        sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+        print(f"Stopped. To go on:\n  {again}{sets} --resume {result.checkpoint_dir / 'last.ckpt'}")
         raise typer.Exit(130)
     figures = "  ".join(
         f"{name} {value:.4g}"
@@ -264,7 +270,7 @@ def _finish_run(result, again: str) -> None:  # type: ignore[no-untyped-def]
     print(f"Run folder:      {result.run_dir}")
 
 
-def _print_results(results) -> None:  # type: ignore[no-untyped-def]
+def _print_results(results: list[BenchmarkResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -286,7 +286,7 @@ class LinearProbeParams(Section):
         None, description="obs column whose groups stay whole; null: split by cell."
     )
     n_splits: int = Field(5, ge=1, description="Number of random splits; the spread over them is reported.")
-    min_cells_per_class: int = Field(2, ge=1, description="Classes with fewer cells are an error.")
+    min_cells_per_class: int = Field(2, ge=2, description="Classes with fewer cells are an error.")
     drop_small_classes: bool = Field(False, description="Leave out cells of too small classes instead.")
     drop_unlabelled: bool = Field(False, description="Leave out cells without a label instead of refusing.")
 
@@ -350,6 +350,14 @@ class HeadConfig(Section):
     task: Literal["classification", "regression"] = Field("classification", description="Kind of label.")
     n_classes: int | None = Field(None, ge=2, description="Number of classes; null: from the data.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout before the last layer.")
+
+    @model_validator(mode="after")
+    def _classes(self) -> HeadConfig:
+        if self.task == "regression" and self.n_classes is not None:
+            raise ValueError(
+                f"n_classes is {self.n_classes}, but a regression has no classes: set it to null"
+            )
+        return self
 
 
 class LoraConfig(Section):

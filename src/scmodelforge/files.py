@@ -11,6 +11,25 @@ from pathlib import Path
 from scmodelforge.errors import UserError
 
 
+def require_writable(folder: str | Path) -> Path:
+    """Return `folder` if it can be created and written, without creating anything.
+
+    Raises
+    ------
+    UserError
+        If the nearest existing parent is no folder, or may not be written.
+    """
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "may not be written" if parent.is_dir() else "is a file"
+        raise UserError(
+            f"Cannot write into the folder '{folder}': '{parent}' {why}.\n"
+            "Choose another output folder, or change its permissions."
+        )
+    return folder
+
+
 def ensure_writable(folder: str | Path) -> Path:
     """Create `folder` if needed and return it; raise `UserError` if no file can be written there."""
     folder = Path(folder)

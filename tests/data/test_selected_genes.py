@@ -25,6 +25,7 @@ def test_a_selection_is_judged_by_known_genes_not_by_its_share_of_counts() -> No
     batch = store.read(np.array([0]))
     assert batch.counts.tolist() == [1, 1, 1]
     assert batch.library_size.tolist() == [100]
-    mouse = anndata.AnnData(counts, var=pd.DataFrame(index=predefined("mouse_protein_coding").gene_ids[:100].astype(str)))
+    mouse_genes = predefined("mouse_protein_coding").gene_ids[:100].astype(str)
+    mouse = anndata.AnnData(counts, var=pd.DataFrame(index=mouse_genes))
     with pytest.raises(DataError, match=r"only 0.0% of its counts"):
         open_store([mouse], selection, DataConfig(), selected_genes=True)

@@ -89,7 +89,11 @@ def test_changing_a_hidden_gene_leaves_the_input_unchanged() -> None:
     values = tokens.values.clone().flatten()
     values[batch.asked] += 3.0
     changed = TokenBatch(
-        other.view_as(tokens.input_ids), values.view_as(tokens.values), tokens.lengths, tokens.cell_index, True
+        other.view_as(tokens.input_ids),
+        values.view_as(tokens.values),
+        tokens.lengths,
+        tokens.cell_index,
+        True,
     )
     again = corrupt(changed, mask_token_share=1.0, random_share=0.0)
     assert torch.equal(again.tokens.input_ids, batch.tokens.input_ids)

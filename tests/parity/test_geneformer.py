@@ -99,7 +99,9 @@ def ragged_tokens(vocab: GeneVocab) -> TokenBatch:
 
 def corrupted(vocab: GeneVocab) -> TrainingBatch:
     config = Config.model_validate({"tokenizer": {"masking": {"mask_ratio": 0.4}}})
-    return MaskedGenePrediction(config.tokenizer.masking, vocab).corrupt(ragged_tokens(vocab), seed=3, epoch=0)
+    return MaskedGenePrediction(config.tokenizer.masking, vocab).corrupt(
+        ragged_tokens(vocab), seed=3, epoch=0
+    )
 
 
 def test_hidden_states_of_every_layer_are_bert_s(pair) -> None:
@@ -119,9 +121,7 @@ def test_logits_loss_and_gradients_are_bert_s(pair) -> None:
     task = MaskedGenePrediction(Config().tokenizer.masking, vocab)
     labels = torch.full(batch.tokens.input_ids.shape, -100)
     labels.view(-1)[batch.asked] = batch.targets
-    reference = bert(
-        batch.tokens.input_ids, attention_mask=batch.tokens.attention_mask.long(), labels=labels
-    )
+    reference = bert(batch.tokens.input_ids, attention_mask=batch.tokens.attention_mask.long(), labels=labels)
     output = task(ours, batch)
     assert len(batch.targets) > 5
     asked = reference.logits.flatten(0, 1)[batch.asked]

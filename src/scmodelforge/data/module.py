@@ -79,9 +79,9 @@ class CellDataModule(LightningDataModule):
         self._train_loader.load_state_dict(self._start)
         return self._train_loader
 
-    def val_dataloader(self) -> BatchLoader[Any]:
-        """Validation batches, in the order of the file."""
-        return self._loader(self.val_rows, shuffle=False)
+    def val_dataloader(self) -> BatchLoader[Any] | list[None]:
+        """Validation batches, in the order of the file; none where no cell validates."""
+        return self._loader(self.val_rows, shuffle=False) if len(self.val_rows) else []
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and step of the next training batch.

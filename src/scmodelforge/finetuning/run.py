@@ -27,12 +27,11 @@ from scmodelforge.models.bundle import (
     ModelBundle,
     build_head,
     load_model,
-    read_checkpoint,
     with_model_of,
 )
 from scmodelforge.training.data import TrainingData
-from scmodelforge.training.run import RunResult, fit
-from scmodelforge.training.setup import check_environment, collected_notes, prepare_folders
+from scmodelforge.training.run import RunResult, check_same_cells, fit, read_resumable
+from scmodelforge.training.setup import check_environment, choose_folders, collected_notes
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +90,10 @@ def finetune(
             require_extra("peft", "peft", "finetune.lora")
         pretrained = load_model(checkpoint)
         config = with_model_of(config, pretrained, str(checkpoint))
-        resumed = read_checkpoint(resume) if resume else None
-        folders = prepare_folders(config.training, resumed and resumed[CHECKPOINT_KEY])
+        _warn_of_no_effect(config)
+        resumed = read_resumable(config, resume, fine_tuned=True) if resume else None
+        plain = resumed[CHECKPOINT_KEY] if resumed else None
+        folders = choose_folders(config.training, plain)
 
         sources: list = [data] if data is not None else list(config.data.paths)
         if not sources:
@@ -107,6 +108,8 @@ def finetune(
             labelled if targets.classes else None,
         )
         prepared = TrainingData(store, pretrained.vocab, targets.rows[train], targets.rows[val])
+        if plain:
+            check_same_cells(prepared, plain, str(resume))
         labels, values = _describe(targets, prepared, config)
 
         seed = config.training.seed
@@ -148,8 +151,20 @@ def finetune(
             monitor="val_macro_f1" if is_classification else "val_loss",
             mode="max" if is_classification else "min",
             resume=resume,
-            resumed_step=resumed["global_step"] if resumed else 0,
+            checkpoint=resumed,
             notes=notes,
+        )
+
+
+def _warn_of_no_effect(config: Config) -> None:
+    finetune, epochs = config.finetune, config.training.max_epochs
+    if finetune.freeze_backbone and finetune.backbone_lr is not None:
+        log.warning("finetune.backbone_lr has no effect: freeze_backbone is true.")
+    if finetune.freeze_backbone_epochs >= epochs and not finetune.freeze_backbone:
+        log.warning(
+            "finetune.freeze_backbone_epochs is %d and training.max_epochs %d: the backbone never trains.",
+            finetune.freeze_backbone_epochs,
+            epochs,
         )
 
 

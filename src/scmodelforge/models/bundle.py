@@ -118,6 +118,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"The checkpoint '{path}' does not exist.")
     try:
+        if path.stat().st_size == 0:
+            raise EOFError
         with open(path, "rb") as handle:
             if handle.read(len(ZIP_MAGIC)) != ZIP_MAGIC:  # torch would try an older format, with any error
                 raise pickle.UnpicklingError("not written by torch.save")
@@ -176,6 +178,10 @@ def _load_weights(module: nn.Module, state: dict[str, torch.Tensor], where: str)
 def bundle_from_checkpoint(checkpoint: dict[str, Any], where: str) -> ModelBundle:
     """The model inside a checkpoint that `read_checkpoint` gave; adapters are merged."""
     plain = checkpoint[CHECKPOINT_KEY]
+    missing = [key for key in ("format_version", "config", "vocab", "labels") if key not in plain]
+    missing += ["state_dict"] if "state_dict" not in checkpoint else []
+    if missing:
+        raise ModelError(f"The checkpoint '{where}' is not complete: it has no {', '.join(missing)}.")
     if plain["format_version"] != FORMAT_VERSION:
         raise ModelError(
             f"'{where}' has format {plain['format_version']}, this version reads format {FORMAT_VERSION}: "

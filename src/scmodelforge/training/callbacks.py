@@ -61,6 +61,13 @@ class BestCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
         )
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # so that an epoch that max_steps cuts short is validated too
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = self.best_model_path
         super().on_train_epoch_end(trainer, pl_module)

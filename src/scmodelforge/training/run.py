@@ -26,15 +26,16 @@ from scmodelforge.models.bundle import (
     save_bundle,
 )
 from scmodelforge.models.objectives import TrainingBatch
-from scmodelforge.training.callbacks import Interrupted
+from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData, prepare_data
 from scmodelforge.training.module import PretrainingModule, TrainingModule
 from scmodelforge.training.setup import (
     RunFolders,
     build_trainer,
     check_environment,
+    choose_folders,
     collected_notes,
-    prepare_folders,
+    create_folders,
     write_provenance,
 )
 
@@ -84,14 +85,12 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
     """
     with collected_notes() as notes:
         check_environment(config.training)
-        checkpoint = read_checkpoint(resume) if resume else None
-        if checkpoint:
-            _check_resumable(config, checkpoint, str(resume))
-        folders = prepare_folders(config.training, checkpoint and checkpoint[CHECKPOINT_KEY])
-        vocab = GeneVocab.from_plain(checkpoint[CHECKPOINT_KEY]["vocab"]) if checkpoint else None
-        prepared = prepare_data(config, data, vocab)
-        if checkpoint:
-            _check_same_cells(prepared, checkpoint, str(resume))
+        checkpoint = read_resumable(config, resume, fine_tuned=False) if resume else None
+        plain = checkpoint[CHECKPOINT_KEY] if checkpoint else None
+        folders = choose_folders(config.training, plain)
+        prepared = prepare_data(config, data, GeneVocab.from_plain(plain["vocab"]) if plain else None)
+        if plain:
+            check_same_cells(prepared, plain, str(resume))
 
         bundle = ModelBundle(
             config, prepared.vocab, build_model(config, prepared.vocab, config.training.seed)
@@ -114,7 +113,7 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
             folders,
             monitor="val_loss",
             resume=resume,
-            resumed_step=checkpoint["global_step"] if checkpoint else 0,
+            checkpoint=checkpoint,
             notes=notes,
         )
 
@@ -129,12 +128,12 @@ def fit(
     monitor: str,
     mode: str = "min",
     resume: str | Path | None = None,
-    resumed_step: int = 0,
+    checkpoint: dict[str, Any] | None = None,
     notes: list[str],
-    callbacks: tuple = (),
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
+    create_folders(folders, resumed=checkpoint is not None)
     module.description |= {"run_dir": str(folders.run), "data": prepared.facts()}
     cells = CellDataModule(
         prepared.store,
@@ -154,8 +153,7 @@ def fit(
         monitor=monitor if has_validation else None,
         mode=mode,
         wait_seconds=lambda: _wait_seconds(trainer),
-        resumed_step=resumed_step,
-        callbacks=callbacks,
+        resumed_step=checkpoint["global_step"] if checkpoint else 0,
     )
     prepared.store.gene_report().to_csv(folders.run / "gene_match.csv", index=False)
     write_provenance(folders, bundle.config, {"data": prepared.facts(), "notes": notes})
@@ -170,6 +168,9 @@ def fit(
     except Interrupted:
         interrupted = True
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not metrics:
+        log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
+        metrics = _last_figures(trainer)
     write_provenance(
         folders,
         bundle.config,
@@ -202,38 +203,60 @@ def _announce(bundle: ModelBundle, prepared: TrainingData) -> None:
         f"{bundle.vocab.n_genes:,}",
         f"{bundle.n_parameters:,}",
     )
-    if bundle.config.data.preprocessing.log1p:
+    preprocessing = bundle.config.data.preprocessing
+    if preprocessing.log1p and "log1p" in preprocessing.model_fields_set:
         log.info(
             "data.preprocessing.log1p: ranks are taken before the logarithm, so it does not change them."
         )
 
 
-def _check_resumable(config: Config, checkpoint: dict[str, Any], where: str) -> None:
-    """A run can only go on as what it was: same tokenizer, model, data section, batches and seed."""
+def _last_figures(trainer: Trainer) -> dict[str, float]:
+    """The newest value of each column of metrics.csv."""
+    figures: dict[str, float] = {}
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsFile):
+            for _, row in sorted(logger.rows.items()):
+                figures |= {name: float(value) for name, value in row.items()}
+    return figures
+
+
+def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> dict[str, Any]:
+    """Read the checkpoint of an interrupted run.
+
+    Raises
+    ------
+    ModelError
+        If it is of another kind of run, or was started with other settings: a run can only go on as what it was.
+    """
+    checkpoint = read_checkpoint(resume)
     plain = checkpoint[CHECKPOINT_KEY]
-    if plain["labels"]:
-        raise ModelError(f"'{where}' is a fine-tuned model: it cannot be resumed by 'train'.")
+    if fine_tuned != bool(plain["labels"]):
+        kind, command = ("pretraining", "train") if fine_tuned else ("fine-tuning", "finetune")
+        raise ModelError(f"'{resume}' is of a {kind} run: resume it with 'scmodelforge {command}'.")
     have = Config.model_validate(plain["config"])
+    sections = ("data", "tokenizer", "model", *(("finetune",) if fine_tuned else ()))
     problems = [
         line
-        for section in ("data", "tokenizer", "model")
+        for section in sections
         for line in differences(getattr(config, section), getattr(have, section), section)
         if not line.startswith("data.paths")  # the cells themselves are compared, files may have moved
     ]
     for key in ("batch_size", "seed", "accumulate_grad_batches"):
         asked, had = getattr(config.training, key), getattr(have.training, key)
         if asked != had:
-            problems.append(f"training.{key}: {asked} in the config, {had} in the checkpoint")
+            problems.append(f"training.{key}: {asked} in the config, {had} in the model")
     if problems:
         raise ModelError(
-            f"The run in '{where}' cannot go on with this config:\n  "
+            f"The run in '{resume}' cannot go on with this config:\n  "
             + "\n  ".join(problems)
             + "\nUse the config it was started with, or start a new run without --resume."
         )
+    return checkpoint
 
 
-def _check_same_cells(prepared: TrainingData, checkpoint: dict[str, Any], where: str) -> None:
-    had, have = checkpoint[CHECKPOINT_KEY]["data"], prepared.facts()
+def check_same_cells(prepared: TrainingData, plain: dict[str, Any], where: str) -> None:
+    """Refuse to go on with other training cells than `plain`, the description in a checkpoint, names."""
+    had, have = plain["data"], prepared.facts()
     if had["train_cells"] != have["train_cells"]:
         raise ModelError(
             f"The run in '{where}' trained on {had['n_train']:,} of {had['n_cells']:,} cells; this config gives "

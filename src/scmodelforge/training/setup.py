@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lightning.pytorch.loggers.logger import Logger
 from scmodelforge.config import Config, TrainingConfig
 from scmodelforge.config_io import to_yaml
 from scmodelforge.errors import ConfigError, require_extra
-from scmodelforge.files import ensure_writable, write_text
+from scmodelforge.files import ensure_writable, require_writable, write_text
 from scmodelforge.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -84,10 +85,8 @@ def accelerator(training: TrainingConfig) -> tuple[str, int]:
     return ("gpu", used) if used else ("cpu", 1)
 
 
-def prepare_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> RunFolders:
-    """Create the folders of a run; a resumed run goes on in its own.
-
-    Checkpoints of an earlier run in the same folder are moved to a sub-folder `previous`, and that is said.
+def choose_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> RunFolders:
+    """Where a run will write; a resumed run goes on in its own folder. Nothing is created yet.
 
     Raises
     ------
@@ -96,17 +95,23 @@ def prepare_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> 
     """
     earlier = resume["run_dir"] if resume else None
     run = Path(training.run_dir or earlier or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    folders = RunFolders(
-        ensure_writable(run), ensure_writable(training.checkpoint_dir or run / "checkpoints")
-    )
+    return RunFolders(require_writable(run), require_writable(training.checkpoint_dir or run / "checkpoints"))
+
+
+def create_folders(folders: RunFolders, resumed: bool) -> None:
+    """Create the folders of a run that is about to start.
+
+    Checkpoints of an earlier run in the same folder are moved to a sub-folder `previous`, and that is said.
+    """
+    ensure_writable(folders.run)
+    ensure_writable(folders.checkpoints)
     old = sorted(folders.checkpoints.glob("*.ckpt"))
-    if old and not resume:
+    if old and not resumed:
         target = folders.checkpoints / "previous" / f"{datetime.now():%Y%m%d-%H%M%S}"
         target.mkdir(parents=True)
         for path in old:
             path.rename(target / path.name)
         log.warning("%s held checkpoints of another run: moved to %s.", folders.checkpoints, target)
-    return folders
 
 
 def build_trainer(
@@ -120,7 +125,7 @@ def build_trainer(
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
     """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices repeat ours
+    _quiet_lightning()
     kind, count = accelerator(training)
     if training.num_gpus and (kind, count) != ("gpu", training.num_gpus):
         found = f"{count} GPU{'s' * (count > 1)}" if kind == "gpu" else "the CPU"
@@ -152,6 +157,18 @@ def build_trainer(
             LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
         ],
     )
+
+
+def _quiet_lightning() -> None:
+    """Leave out notices of Lightning that repeat ours or concern nobody."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*exists and is not empty",
+        "The dirpath has changed",
+        "The number of training batches",
+        ".*isinstance.treespec, LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _loggers(training: TrainingConfig, folders: RunFolders, resumed_step: int) -> list[Logger]:
