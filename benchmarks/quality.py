@@ -57,12 +57,15 @@ OTHER_CELLS = (
 METHODS = ("pca", "untrained", "pretrained", "fine-tuned")
 
 CONFIG = {
-    "data": {"split": {"val_split": 0.02}},
-    "tokenizer": {"max_genes": 128},
+    "data": {
+        "preprocessing": {"hvg": {"n_top_genes": 4000, "flavor": "cell_ranger"}},
+        "split": {"val_split": 0.02},
+    },
+    "tokenizer": {"max_genes": 128, "masking": {"mask_ratio": 0.25}},
     "model": {"hidden_dim": 64, "num_layers": 2, "num_heads": 4, "dropout": 0.0},
     "training": {"batch_size": 64, "optimizer": {"lr": 3e-3, "weight_decay": 0.01}},
 }
-FINETUNING = {"batch_size": 64, "max_epochs": 12, "optimizer": {"lr": 1e-3}}
+FINETUNING = {"batch_size": 64, "max_epochs": 40, "optimizer": {"lr": 1e-3}}
 
 
 def labelled_cells(dataset: Dataset, folder: Path) -> anndata.AnnData:
@@ -104,7 +107,7 @@ def scib_total(embedding: np.ndarray, adata: anndata.AnnData, dataset: Dataset, 
     return float(embedding_quality(embedding[test][common], obs[common], params, seed=0)["total"])
 
 
-def one_seed(seed: int, data: str, epochs: int, finetune_epochs: int, scib: bool) -> dict[str, float]:
+def one_seed(seed: int, data: str, epochs: int, finetune_steps: int, scib: bool) -> dict[str, float]:
     """All figures of one seed, as "DATASET/METHOD/METRIC"."""
     from scmodelforge.config_io import parse_config
     from scmodelforge.evaluation.baselines import pca_embedding
@@ -145,9 +148,10 @@ def one_seed(seed: int, data: str, epochs: int, finetune_epochs: int, scib: bool
                 parse_config(
                     {
                         "data": {"split": {"val_split": 0.1}},
+                        "finetune": {"head_lr": 5e-3},
                         "training": {
                             **FINETUNING,
-                            "max_epochs": finetune_epochs,
+                            "max_steps": finetune_steps,
                             "seed": seed,
                             "run_dir": f"{scratch}/{dataset.name}",
                         },
@@ -183,8 +187,8 @@ def main() -> None:
     )
     parser.add_argument("--data", default="../shared/data", help="folder with the data sets")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8, help="pretraining epochs")
-    parser.add_argument("--finetune-epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=4, help="pretraining epochs")
+    parser.add_argument("--finetune-steps", type=int, default=400)
     parser.add_argument("--no-scib", action="store_true", help="macro F1 only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -194,7 +198,7 @@ def main() -> None:
             seed=seed,
             data=options.data,
             epochs=options.epochs,
-            finetune_epochs=options.finetune_epochs,
+            finetune_steps=options.finetune_steps,
             scib=not options.no_scib,
         )
         for seed in range(options.seeds)
