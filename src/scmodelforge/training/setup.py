@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
@@ -32,6 +31,7 @@ from scmodelforge.training.callbacks import (
     BestCheckpoint,
     LastCheckpoint,
     MetricsFile,
+    ProgressBar,
     ProgressLines,
     Throughput,
 )
@@ -152,7 +152,7 @@ def build_trainer(
         callbacks=[
             *callbacks,
             Throughput(wait_seconds, training.log_every_n_steps),
-            RichProgressBar(leave=True) if sys.stdout.isatty() else ProgressLines(),
+            ProgressBar(leave=True) if sys.stdout.isatty() else ProgressLines(),
             BestCheckpoint(folders.checkpoints, monitor, mode, training.save_top_k),
             LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
         ],
