@@ -16,13 +16,13 @@ import pandas as pd
 from scmodelforge.config import DataConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
+from scmodelforge.data.preprocess import QUANTILES
 from scmodelforge.data.state import locate, matrix_state, row_sums
 from scmodelforge.data.store import to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
 
 BLOCK_CELLS = 1024
-QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 MAX_CLASSES = 200  # a column with more distinct values is no label
 SHOWN_CLASSES = 8
 MISSING = "(missing)"
@@ -100,14 +100,15 @@ class CheckReport:
         return [*out, "Not ready to train:", *(f"  - {problem}" for problem in self.problems)]
 
 
-def check(source: Source, config: DataConfig) -> CheckReport:
-    """Look at every cell of one file, with the vocabulary that the config names.
+def check(source: Source, config: DataConfig | None = None) -> CheckReport:
+    """Look at every cell of one file or AnnData, with the vocabulary that the config names.
 
     Raises
     ------
     UserError
         If the file cannot be read, or the vocabulary or gene column does not exist.
     """
+    config = config or DataConfig()
     matrix = open_matrix(source, config.layer)
     return check_data(source, resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column), config)
 

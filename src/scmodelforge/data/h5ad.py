@@ -8,7 +8,9 @@ out of core, in an unnamed temporary file. The matrix itself is never loaded; 8 
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -20,6 +22,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+from anndata._io.specs.registry import IORegistryError
 from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import read_elem
 from scipy import sparse
@@ -159,7 +162,7 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     source
         Path of an .h5ad file, or an AnnData (in memory, backed, or a view).
     layer
-        None for X, "raw" for `.raw.X`, else the name of a layer.
+        None for X, "raw" for `.raw.X` (where there is none, a layer of that name), else the name of a layer.
     cache_bytes
         Largest size of the decompressed chunks kept in memory, for each of the arrays of a sparse matrix.
 
@@ -179,10 +182,15 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
                 "Expected an .h5ad file, as AnnData.write_h5ad writes it."
             )
     key = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
+    if layer == "raw" and key not in file:
+        key = "layers/raw"
     value = file.get(key)
     if value is None or value.attrs.get("encoding-type") == "null":
         raise _no_matrix(source, layer)
-    return Matrix(source, layer, value, file["obs"], _frame(_var_of(file, layer), str(source), "var"), file)
+    var = "raw/var" if key == "raw/X" else "var"
+    if var not in file:
+        raise _damaged(str(source), f"it has '{key}' but no '{var}'")
+    return Matrix(source, layer, value, file["obs"], _frame(file[var], str(source), var), file)
 
 
 def matrix_places(source: Source) -> list[str | None]:
@@ -193,11 +201,11 @@ def matrix_places(source: Source) -> list[str | None]:
         with _open_file(Path(source).expanduser(), str(source), CACHE_BYTES) as file:
             has_x = "X" in file and file["X"].attrs.get("encoding-type") != "null"
             layers, has_raw = list(file.get("layers", ())), "raw/X" in file
-    return [None] * has_x + layers + ["raw"] * has_raw
+    return [None] * has_x + [layer for layer in layers if layer != "raw" or not has_raw] + ["raw"] * has_raw
 
 
 def _open_file(path: Path, name: str, cache_bytes: int) -> h5py.File:
-    if not path.exists():
+    if not os.path.exists(path):  # not path.exists(), which raises where a folder above may not be read
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.h5ad")], n=1)
         hint = f" Did you mean '{path.with_name(near[0])}'?" if near else ""
         raise DataError(
@@ -209,7 +217,16 @@ def _open_file(path: Path, name: str, cache_bytes: int) -> h5py.File:
         return h5py.File(path, "r", rdcc_nbytes=cache_bytes, rdcc_nslots=CACHE_SLOTS)
     except PermissionError as error:
         raise DataError(f"'{name}' may not be read: {error.strerror}. Change its permissions.") from error
+    except BlockingIOError as error:
+        raise DataError(
+            f"'{name}' is open for writing in another program, so HDF5 has locked it. Close it there."
+        ) from error
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise DataError(
+                f"'{name}' cannot be opened: this process has too many open files.\n"
+                "Raise the limit (ulimit -n), or concatenate the files."
+            ) from error
         if not h5py.is_hdf5(path):
             raise DataError(
                 f"'{name}' is not an .h5ad file: it is not HDF5.\n"
@@ -219,18 +236,12 @@ def _open_file(path: Path, name: str, cache_bytes: int) -> h5py.File:
 
 
 def _open_anndata(adata: ad.AnnData, layer: str | None) -> Matrix:
-    value = None
-    if layer == "raw":
-        value = None if adata.raw is None else adata.raw.X
-    elif layer is None or layer in adata.layers:
-        value = adata.X if layer is None else adata.layers[layer]  # of a view: a copy of its rows
+    if layer == "raw" and adata.raw is not None:
+        return Matrix(adata, layer, adata.raw.X, adata.obs, adata.raw.var)
+    value = adata.X if layer is None else adata.layers.get(layer)  # of a view: a copy of its rows
     if value is None:
         raise _no_matrix(adata, layer)
-    return Matrix(adata, layer, value, adata.obs, adata.raw.var if layer == "raw" else adata.var)
-
-
-def _var_of(file: h5py.File, layer: str | None) -> Any:
-    return file["raw/var"] if layer == "raw" else file["var"]
+    return Matrix(adata, layer, value, adata.obs, adata.var)
 
 
 def _frame(value: Any, name: str, part: str) -> pd.DataFrame:
@@ -238,6 +249,10 @@ def _frame(value: Any, name: str, part: str) -> pd.DataFrame:
         return value
     try:
         return read_elem(value)
+    except IORegistryError as error:
+        raise DataError(
+            f"'{name}': '{part}' is stored in a way that this version of anndata does not know ({error})."
+        ) from error
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise _damaged(name, f"'{part}' cannot be read ({error})") from error
 

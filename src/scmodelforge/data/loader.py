@@ -50,7 +50,7 @@ class BatchLoader(Generic[Batch]):
             ahead: deque[Future[Batch]] = deque()
             epoch, following = self.epoch, self.step
             try:
-                while self.epoch == epoch:
+                while self.epoch == epoch and self.n_steps:
                     while len(ahead) < 2 * self.threads and following < self.n_steps:
                         ahead.append(pool.submit(self.make_batch, epoch, following))
                         following += 1

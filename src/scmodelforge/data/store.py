@@ -139,7 +139,8 @@ def open_store(
         Refuse matrices that do not look like raw counts.
     selected_genes
         The vocabulary is a selection of variable genes, which hold a small share of the counts: ask that
-        `min_gene_overlap` of the counts is on known genes of its species instead.
+        `min_gene_overlap` of the counts is on known genes of its species instead, or, of a species without
+        a table, that so many of its genes are in the file.
 
     Raises
     ------
@@ -157,14 +158,16 @@ def open_store(
         sample = state.sample_matrix(matrix, match)
         if require_counts:
             state.require_counts(matrix, sample.state)
-        share = sample.share
-        if selected_genes and vocab.species in SPECIES:
+        share, what = sample.share, "of its counts are on genes of the vocabulary"
+        if selected_genes and match.n_genes and vocab.species in SPECIES:
             known = match_species(matrix.var, vocab.species, config.gene_column)
             share = state.sample_matrix(matrix, known).share
+        elif selected_genes and match.n_genes:
+            share, what = match.n_genes / vocab.n_genes, "is in it of the genes of the vocabulary"
         if share < config.min_gene_overlap:
             raise DataError(
-                f"'{matrix.name}': only {share:.1%} of its counts are on genes of the vocabulary "
-                f"'{vocab.name}'; data.min_gene_overlap asks for {config.min_gene_overlap:.1%}.\n"
+                f"'{matrix.name}': only {share:.1%} {what} '{vocab.name}'; "
+                f"data.min_gene_overlap asks for {config.min_gene_overlap:.1%}.\n"
                 f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
             )
         warn_if_few(matrix, match, vocab, share)

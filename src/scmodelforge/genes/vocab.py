@@ -198,8 +198,9 @@ class GeneVocab:
         ids = frame["gene_id"].to_numpy(object)
         known = known_genes().reindex(ids)
         text = {
-            name: (frame[name].astype(str) if name in frame else known[name]).fillna("").to_numpy(object)
+            name: np.where(column.isna(), "", column.astype(str)).astype(object)
             for name in ("symbol", "biotype")
+            for column in [frame[name] if name in frame else known[name]]
         }
         special = metadata.get("special_tokens")
         vocab = cls(
