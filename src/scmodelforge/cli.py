@@ -75,7 +75,7 @@ def train(
     settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
     from scmodelforge.training.run import train as run
 
-    _finish_run(run(settings, resume=resume), f"scmodelforge train --config {config}", set_)
+    _finish_run(run(settings, resume=resume), f"scmodelforge train --config {shlex.quote(str(config))}", set_)
 
 
 @app.command()
@@ -92,7 +92,8 @@ def finetune(
     settings = load_config(_needed(config, "finetune"), set_ or [], sections, require_data=True)
     from scmodelforge.finetuning.run import finetune as run
 
-    again = f"scmodelforge finetune --config {config} --checkpoint {checkpoint}"
+    paths = [shlex.quote(str(path)) for path in (config, checkpoint)]
+    again = f"scmodelforge finetune --config {paths[0]} --checkpoint {paths[1]}"
     _finish_run(run(settings, checkpoint, resume=resume), again, set_)
 
 
@@ -177,11 +178,11 @@ def check(
     """Say what is in a file and whether it can be trained on (exit code 2 if not)."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(config, set_ or [], ("data",))
+    settings = load_config(config, set_ or [], ("data", "tokenizer"))
     from scmodelforge.data.check import check as run
 
     report = run(data, settings.data)
-    print("\n".join(report.lines()))
+    print("\n".join(report.lines(settings.tokenizer)))
     if report.problems:
         raise typer.Exit(2)
 
@@ -210,10 +211,11 @@ def tokens(
 def init(
     data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
     output: Annotated[Path, typer.Option("--output", help="YAML file to write.")] = Path("config.yaml"),
+    set_: SetOption = None,
 ) -> None:
     """Write a commented starter config for a file."""
     from scmodelforge.config import DataConfig
-    from scmodelforge.config_io import starter_yaml
+    from scmodelforge.config_io import override_yaml, starter_yaml
     from scmodelforge.data.check import check as run
     from scmodelforge.files import write_text
 
@@ -221,7 +223,7 @@ def init(
         raise UserError(f"'{output}' exists already. Choose another name with --output.")
     report = run(data, DataConfig())
     found = report.suggestions
-    write_text(output, starter_yaml(data, found))
+    write_text(output, override_yaml(starter_yaml(data, found), set_ or []))
     if report.problems:  # does what is suggested solve them?
         report = run(data, DataConfig(layer=found.layer, gene_vocab=found.gene_vocab or "from_data"))
     for problem in report.problems:
@@ -257,7 +259,8 @@ def _target(data: Path, output: Path | None, in_place: bool) -> Path:
 def _finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:
     if result.interrupted:
         sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
-        print(f"Stopped. To go on:\n  {again}{sets} --resume {result.checkpoint_dir / 'last.ckpt'}")
+        last = shlex.quote(str(result.checkpoint_dir / "last.ckpt"))
+        print(f"Stopped. To go on:\n  {again}{sets} --resume {last}")
         raise typer.Exit(130)
     figures = "  ".join(
         f"{name} {value:.4g}"

@@ -260,6 +260,13 @@ def starter_yaml(path: str | Path, suggestions: Suggestions = Suggestions()) -> 
     return title + to_yaml(parse_config(_without_none(values)), comments=True)
 
 
+def override_yaml(text: str, overrides: Sequence[str]) -> str:
+    """Return a YAML text with overrides applied, every key with its help; without overrides the text itself."""
+    if not overrides:
+        return text
+    return to_yaml(parse_config(yaml.safe_load(text), overrides), comments=True)
+
+
 def _without_none(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _without_none(value) for key, value in values.items() if value is not None}

@@ -114,12 +114,20 @@ def embed_store(
             vectors = model.encode(tokens.to(device), pooling)
             embeddings[done : done + tokens.n_cells] = vectors.float().cpu().numpy()
             done += tokens.n_cells
-            n_empty += int((tokens.values.count_nonzero(dim=1) == 0).sum())
-    if n_empty:
-        log.warning(
-            "%s cells have no gene that the model knows: their embedding says nothing.", f"{n_empty:,}"
-        )
+            n_empty += _n_empty(tokens)
+    _warn_of_empty(n_empty, "embedding")
     return embeddings
+
+
+def _n_empty(tokens: TokenBatch) -> int:
+    return int((tokens.values.count_nonzero(dim=1) == 0).sum())
+
+
+def _warn_of_empty(n_cells: int, what: str) -> None:
+    if n_cells:
+        log.warning(
+            "%s cells have no gene that the model knows: their %s says nothing.", f"{n_cells:,}", what
+        )
 
 
 def predict_store(
@@ -141,12 +149,15 @@ def predict_store(
     device = device or default_device()
     model, head = bundle.model.to(device).eval(), head.to(device).eval()
     outputs = np.empty((store.n_cells, labels.n_outputs), dtype=np.float32)
+    n_empty = 0
     with torch.inference_mode():
         for tokens in token_batches(store, np.arange(store.n_cells), build_tokenizer(bundle), batch_size):
             prediction = head(model.encode(tokens.to(device))).float()
             if labels.task == "classification":
                 prediction = prediction.softmax(dim=1)
             outputs[tokens.cell_index.numpy()] = prediction.cpu().numpy()
+            n_empty += _n_empty(tokens)
+    _warn_of_empty(n_empty, "label")
     name = f"scmodelforge_{labels.key}"
     if labels.task == "regression":
         return pd.DataFrame({name: outputs[:, 0] * labels.std + labels.mean}, index=store.obs.index)
@@ -312,7 +323,9 @@ def tokens(
             log.warning(
                 "No model is given, so gene medians are unknown: genes are ranked by normalized counts."
             )
-        elif config.tokenizer.gene_medians != "none":
+        elif config.tokenizer.gene_medians == "none":
+            vocab = vocab.with_medians(None)
+        else:
             vocab = vocab.with_medians(read_medians(config.tokenizer.gene_medians, vocab))
         store = open_store([data], vocab, config.data)
         strategy = registry.TOKENIZERS.load(config.tokenizer.strategy)

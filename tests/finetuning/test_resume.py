@@ -52,7 +52,7 @@ def test_it_does_not_go_on_with_other_labels_or_cells(
 ) -> None:
     backbone, last = pretrained.checkpoint_dir / "best.ckpt", annotator.checkpoint_dir / "last.ckpt"
     config = finetune_config(tmp_path / "run", label_key="donor")
-    with pytest.raises(ModelError, match="finetune.label_key: donor in the config, cell_type in the model"):
+    with pytest.raises(ModelError, match=r"finetune\.label_key: donor in the config, cell_type in the run"):
         finetune(config, backbone, data=marker_cells(), resume=last)
     with pytest.raises(ModelError, match="not the same ones"):
         finetune(finetune_config(tmp_path / "run"), backbone, data=marker_cells(200), resume=last)

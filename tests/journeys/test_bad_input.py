@@ -276,9 +276,9 @@ def test_a_model_without_labels_cannot_annotate(trained: Path, cells: Path, tmp_
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("tokenizer.max_genes=32", ("tokenizer.max_genes: 32 in the config, 48 in the",)),
-        ("training.batch_size=8", ("training.batch_size: 8 in the config, 64 in the model",)),
-        ("training.seed=3", ("training.seed: 3 in the config, 42 in the model",)),
+        ("tokenizer.max_genes=32", ("tokenizer.max_genes: 32 in the config, 48 in the run",)),
+        ("training.batch_size=8", ("training.batch_size: 8 in the config, 64 in the run",)),
+        ("training.seed=3", ("training.seed: 3 in the config, 42 in the run",)),
         ("data.paths=[{other}]", ("not the same ones", "data.paths")),
     ],
 )

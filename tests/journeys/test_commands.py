@@ -191,6 +191,18 @@ def test_init_writes_a_config_that_trains_as_it_is(cells: Path, tmp_path: Path) 
     assert checkpoint(tmp_path / "run").is_file()
 
 
+def test_init_takes_overrides(cells: Path, tmp_path: Path) -> None:
+    done("init", cells, "--output", tmp_path / "c.yaml", "--set", "training.max_epochs=3")
+    text = (tmp_path / "c.yaml").read_text()
+    assert "max_epochs: 3" in text
+    assert "# Passes over the training cells" in text
+
+
+def test_check_says_how_many_tokens_the_cells_become(cells: Path) -> None:
+    out = done("check", cells, "--set", "tokenizer.max_genes=200").out
+    assert "tokens per cell, at most 200: min 182, 5% 200" in out
+
+
 def test_init_says_when_the_cells_cannot_be_trained_on(adata: AnnData, tmp_path: Path) -> None:
     adata.X = adata.X.log1p()
     adata.write_h5ad(tmp_path / "log.h5ad")

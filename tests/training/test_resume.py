@@ -180,8 +180,8 @@ def test_a_run_goes_on_only_as_what_it_was(cells: Path, uninterrupted: Path, tmp
     other["model"]["hidden_dim"] = 32
     with pytest.raises(ModelError, match="cannot go on") as error:
         train(parse_config(other), resume=last)
-    assert "model.hidden_dim: 32 in the config, 16 in the model" in str(error.value)
-    assert "training.batch_size: 8 in the config, 16 in the model" in str(error.value)
+    assert "model.hidden_dim: 32 in the config, 16 in the run" in str(error.value)
+    assert "training.batch_size: 8 in the config, 16 in the run" in str(error.value)
     assert not (tmp_path / "other").exists()
 
 

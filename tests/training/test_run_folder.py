@@ -116,8 +116,11 @@ def test_checkpoints_of_an_earlier_run_are_moved_aside_and_said(
     (previous,) = (tmp_path / "kept here" / "previous").iterdir()
     assert {path.name for path in previous.iterdir()} == names
     assert (previous / "last.ckpt").read_bytes() == content
+    (previous_run,) = (tmp_path / "previous").iterdir()
+    assert {"metrics.csv", "run.json", "model"} <= {path.name for path in previous_run.iterdir()}
     assert (
-        f"{tmp_path / 'kept here'} held checkpoints of another run: moved to {previous}." in caplog.messages
+        f"{tmp_path} held another run: its files were moved to {previous} and {previous_run}."
+        in caplog.messages
     )
 
 

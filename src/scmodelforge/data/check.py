@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import DataConfig
+from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
 from scmodelforge.data.preprocess import QUANTILES
@@ -83,12 +83,17 @@ class CheckReport:
             replace(self, suggestions=replace(self.suggestions, model=dict(self.suggestions.model)))
         )
 
-    def lines(self) -> list[str]:
-        """Return the report for people."""
+    def lines(self, tokenizer: TokenizerConfig | None = None) -> list[str]:
+        """Return the report for people; with a tokenizer section also how many tokens its cells become."""
         out = [f"{self.name}: {self.n_cells:,} cells × {self.n_genes:,} genes ({self.storage})"]
         out += [f"  {place}: {state}" for place, state in self.states.items()]
         out += [f"  genes: {self.genes}", f"  counts on vocabulary genes: {self.share:.1%}"]
         out += [f"  vocabulary genes per cell: {_quantile_text(self.genes_per_cell)}"]
+        if tokenizer is not None:
+            special = tokenizer.prepend_cls + tokenizer.append_eos
+            longest = tokenizer.max_genes
+            tokens = {name: min(genes + special, longest) for name, genes in self.genes_per_cell.items()}
+            out += [f"  tokens per cell, at most {longest:,}: {_quantile_text(tokens)}"]
         out += [f"  library size (all genes):  {_quantile_text(self.library_size)}"]
         if self.n_empty:
             out.append(f"  {self.n_empty:,} cells have no count at all")

@@ -16,7 +16,7 @@ from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore
-from scmodelforge.errors import DataError, require_extra
+from scmodelforge.errors import DataError, ModelError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
 from scmodelforge.finetuning.lora import add_lora, trainable_share
 from scmodelforge.finetuning.module import FinetuningModule, LabelledBatch
@@ -105,12 +105,17 @@ def finetune(
             store.obs.iloc[targets.rows],
             config.data.split,
             config.training.seed,
-            labelled if targets.classes else None,
+            np.array(targets.classes)[labelled] if targets.classes else None,
         )
         prepared = TrainingData(store, pretrained.vocab, targets.rows[train], targets.rows[val])
         if plain:
             check_same_cells(prepared, plain, str(resume))
         labels, values = _describe(targets, prepared, config)
+        if plain and list(plain["labels"]["classes"]) != list(labels.classes):
+            raise ModelError(
+                f"The run in '{resume}' learned the classes {', '.join(plain['labels']['classes'])}; the data now "
+                f"have {', '.join(labels.classes)}."
+            )
 
         seed = config.training.seed
         bundle = replace(pretrained, config=config, labels=labels, head=build_head(config, labels, seed))
@@ -152,6 +157,7 @@ def finetune(
             mode="max" if is_classification else "min",
             resume=resume,
             checkpoint=resumed,
+            strategy="ddp_find_unused_parameters_true" if config.finetune.freeze_backbone_epochs else "ddp",
             notes=notes,
         )
 

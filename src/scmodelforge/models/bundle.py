@@ -115,6 +115,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         If the file is missing, damaged, holds objects that are not plain, or is not ours.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ModelError(f"'{path}' is a folder, and a checkpoint file (.ckpt) is needed here.")
     if not path.is_file():
         raise ModelError(f"The checkpoint '{path}' does not exist.")
     try:
@@ -138,7 +140,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ModelError(
             f"'{path}' was not written by scModelForge: it does not hold a config and a gene vocabulary."
         )
+    plain = checkpoint[CHECKPOINT_KEY]
+    missing = [key for key in ("format_version", "config", "vocab", "labels") if key not in plain]
+    missing += ["state_dict"] if "state_dict" not in checkpoint else []
+    if missing:
+        raise ModelError(f"The checkpoint '{path}' is not complete: it has no {', '.join(missing)}.")
+    if plain["format_version"] != FORMAT_VERSION:
+        raise ModelError(
+            f"'{path}' has format {plain['format_version']}, this version reads format {FORMAT_VERSION}: "
+            "use the version of scModelForge that wrote it."
+        )
     return checkpoint
+
+
+def config_of(checkpoint: dict[str, Any], where: str) -> Config:
+    """The config inside a checkpoint that `read_checkpoint` gave."""
+    try:
+        return Config.model_validate(checkpoint[CHECKPOINT_KEY]["config"])
+    except ValidationError as error:
+        raise ModelError(
+            f"The config inside '{where}' does not fit this version: {error.errors()[0]['msg']}"
+        ) from error
 
 
 def _merge_lora(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
@@ -178,21 +200,7 @@ def _load_weights(module: nn.Module, state: dict[str, torch.Tensor], where: str)
 def bundle_from_checkpoint(checkpoint: dict[str, Any], where: str) -> ModelBundle:
     """The model inside a checkpoint that `read_checkpoint` gave; adapters are merged."""
     plain = checkpoint[CHECKPOINT_KEY]
-    missing = [key for key in ("format_version", "config", "vocab", "labels") if key not in plain]
-    missing += ["state_dict"] if "state_dict" not in checkpoint else []
-    if missing:
-        raise ModelError(f"The checkpoint '{where}' is not complete: it has no {', '.join(missing)}.")
-    if plain["format_version"] != FORMAT_VERSION:
-        raise ModelError(
-            f"'{where}' has format {plain['format_version']}, this version reads format {FORMAT_VERSION}: "
-            "use the version of scModelForge that wrote it."
-        )
-    try:
-        config = Config.model_validate(plain["config"])
-    except ValidationError as error:
-        raise ModelError(
-            f"The config inside '{where}' does not fit this version: {error.errors()[0]['msg']}"
-        ) from error
+    config = config_of(checkpoint, where)
     labels = plain["labels"] and Labels(**{**plain["labels"], "classes": tuple(plain["labels"]["classes"])})
     state = checkpoint["state_dict"]
     if config.finetune.lora.enabled and labels:
@@ -267,7 +275,8 @@ def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
         *differences(config.model, have.model, "model"),
         *differences(config.data.preprocessing, have.data.preprocessing, "data.preprocessing"),
     ]
-    if "gene_vocab" in config.data.model_fields_set and config.data.gene_vocab != have.data.gene_vocab:
+    asked, had = (Path(section.data.gene_vocab).expanduser().resolve() for section in (config, have))
+    if "gene_vocab" in config.data.model_fields_set and asked != had:
         problems.append(
             f"data.gene_vocab: {config.data.gene_vocab} in the config, {have.data.gene_vocab} in the model"
         )

@@ -91,6 +91,11 @@ class MaskedGenePrediction:
     def __init__(self, masking: Masking, vocab: GeneVocab) -> None:
         self.masking = masking
         self.vocab = vocab
+        known = np.ones(vocab.n_genes, dtype=bool) if vocab.medians is None else np.isfinite(vocab.medians)
+        # A gene that no cell brings would give itself away as inserted.
+        self.random_tokens = np.flatnonzero(known) + vocab.first_gene_token
+        if masking.reference:
+            self.random_tokens = np.arange(vocab.n_tokens)
 
     def corrupt(self, tokens: TokenBatch, seed: int, epoch: int, batch_seed: int = 0) -> TrainingBatch:
         """Hide tokens; a pure function of (seed, epoch, cell, position)."""
@@ -114,9 +119,7 @@ class MaskedGenePrediction:
         masked = asked & (drawn < masking.mask_token_share)
         replaced = asked & ~masked & (drawn < masking.mask_token_share + masking.random_share)
         shown = np.where(masked, vocab.mask_id, truth)
-        shown = np.where(
-            replaced, first + below(random_token, vocab.n_tokens - first).astype(np.int64), shown
-        )
+        shown = np.where(replaced, self.random_tokens[below(random_token, len(self.random_tokens))], shown)
         positions = np.flatnonzero(asked)
         return TrainingBatch(
             tokens=replace(

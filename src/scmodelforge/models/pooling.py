@@ -15,6 +15,7 @@ def pool(hidden: torch.Tensor, tokens: TokenBatch, pooling: str, first_gene_toke
     """
     if pooling == "cls":
         return hidden[:, 0]
-    is_gene = ((tokens.input_ids >= first_gene_token) & tokens.attention_mask).to(hidden.dtype)
-    total = torch.einsum("nlw,nl->nw", hidden, is_gene)
-    return total / is_gene.sum(dim=1, keepdim=True).clamp(min=1)
+    is_gene = ((tokens.input_ids >= first_gene_token) & tokens.attention_mask).float()
+    with torch.autocast(hidden.device.type, enabled=False):  # a sum of hundreds of terms needs float32
+        total = torch.einsum("nlw,nl->nw", hidden.float(), is_gene)
+        return total / is_gene.sum(dim=1, keepdim=True).clamp(min=1)

@@ -68,7 +68,8 @@ class RankValueTokenizer:
 
         start = int(config.prepend_cls)
         lengths = np.minimum(n_genes, n_kept) + n_special
-        input_ids = np.full((n_cells, n_kept + n_special), vocab.pad_id, dtype=np.int64)
+        length = max(n_kept + n_special, 1)  # a batch of empty cells still has a position
+        input_ids = np.full((n_cells, length), vocab.pad_id, dtype=np.int64)
         expression = np.zeros(input_ids.shape, dtype=np.float32)
         input_ids[:, start : start + n_kept] = np.take_along_axis(tokens, order, axis=1)
         expression[:, start : start + n_kept] = np.take_along_axis(values, order, axis=1)

@@ -57,9 +57,15 @@ class BestCheckpoint(ModelCheckpoint):
             filename="{epoch:03d}" + (f"-{{{monitor}:.4f}}" if monitor else ""),
             monitor=monitor,
             mode=mode,
-            save_top_k=save_top_k,
+            save_top_k=save_top_k if monitor else 1,
             save_on_train_epoch_end=True,
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also in a folder that was moved since: its best.ckpt stays until a better model comes."""
+        if Path(self.dirpath or "", "best.ckpt").exists():
+            state_dict = {**state_dict, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,6 +126,8 @@ class LastCheckpoint(Checkpoint):
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if trainer.is_last_batch or accumulating:
             return
+        if trainer.world_size > 1:  # a signal may reach one process only, and all must save together
+            self.stop_requested = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if due or self.stop_requested:
             self._save(trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, res
 
 log = logging.getLogger(__name__)
 
+CELLS_TO_HASH = 256
+BLOCK_CELLS = 512
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -30,18 +34,36 @@ class TrainingData:
     train_rows: np.ndarray
     val_rows: np.ndarray
 
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """Plain facts for run.json and checkpoints; `train_cells` changes when any training cell does."""
+        """Plain facts for run.json and checkpoints; `train_cells` tells other training cells apart.
+
+        It hashes the names of all training cells and the counts of some of them.
+        """
+        digest = hashlib.sha256("\n".join(self.store.obs.index[self.train_rows].astype(str)).encode())
+        some = self.store.read(self.train_rows[:: max(1, len(self.train_rows) // CELLS_TO_HASH)])
+        digest.update(some.library_size.tobytes())
+        digest.update(some.counts.tobytes())
         return {
             "files": [str(name) for name in self.store.files],
             "n_cells": self.store.n_cells,
             "n_train": len(self.train_rows),
             "n_val": len(self.val_rows),
-            "train_cells": hashlib.sha256(
-                "\n".join(self.store.obs.index[self.train_rows].astype(str)).encode()
-            ).hexdigest(),
+            "train_cells": digest.hexdigest(),
             "vocabulary": self.vocab.fingerprint,
         }
+
+    def read_through(self) -> None:
+        """Read every cell once, so that a broken one is found before training starts.
+
+        Raises
+        ------
+        DataError
+            If a count is negative or not finite; file, cell and gene are named.
+        """
+        rows = np.sort(np.concatenate([self.train_rows, self.val_rows]))
+        for start in range(0, len(rows), BLOCK_CELLS):
+            self.store.read(rows[start : start + BLOCK_CELLS])
 
 
 def prepare_data(
@@ -88,7 +110,7 @@ def prepare_data(
             prepared, store=open_store(sources, vocab, config.data, selected_genes=True), vocab=vocab
         )
     if config.tokenizer.gene_medians == "none":
-        return prepared
+        return replace(prepared, vocab=vocab.with_medians(None))
     if config.tokenizer.gene_medians == "from_data":
         log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")
         medians, statistics = gene_medians(

@@ -12,15 +12,16 @@ from lightning import Trainer
 
 from scmodelforge import registry
 from scmodelforge.config import Config
-from scmodelforge.config_io import differences
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ModelError
+from scmodelforge.files import atomic_path
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
     ModelBundle,
     build_model,
+    config_of,
     load_model,
     read_checkpoint,
     save_bundle,
@@ -31,6 +32,7 @@ from scmodelforge.training.data import TrainingData, prepare_data
 from scmodelforge.training.module import PretrainingModule, TrainingModule
 from scmodelforge.training.setup import (
     RunFolders,
+    accelerator,
     build_trainer,
     check_environment,
     choose_folders,
@@ -40,6 +42,20 @@ from scmodelforge.training.setup import (
 )
 
 log = logging.getLogger(__name__)
+
+# What a resumed run must share with the interrupted one, beside data, tokenizer and model.
+FIXED_TRAINING_KEYS = tuple(
+    f"training.{key}"
+    for key in (
+        "batch_size",
+        "seed",
+        "precision",
+        "optimizer.",
+        "scheduler.",
+        "gradient_clip_val",
+        "accumulate_grad_batches",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -129,12 +145,18 @@ def fit(
     mode: str = "min",
     resume: str | Path | None = None,
     checkpoint: dict[str, Any] | None = None,
+    strategy: str = "ddp",
     notes: list[str],
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
-    create_folders(folders, resumed=checkpoint is not None)
-    module.description |= {"run_dir": str(folders.run), "data": prepared.facts()}
+    if checkpoint is None:
+        prepared.read_through()
+    module.description |= {
+        "run_dir": str(folders.run),
+        "data": prepared.facts,
+        "devices": accelerator(training)[1],
+    }
     cells = CellDataModule(
         prepared.store,
         prepared.train_rows,
@@ -154,9 +176,13 @@ def fit(
         mode=mode,
         wait_seconds=lambda: _wait_seconds(trainer),
         resumed_step=checkpoint["global_step"] if checkpoint else 0,
+        strategy=strategy,
     )
-    prepared.store.gene_report().to_csv(folders.run / "gene_match.csv", index=False)
-    write_provenance(folders, bundle.config, {"data": prepared.facts(), "notes": notes})
+    if trainer.is_global_zero:
+        create_folders(folders, resumed=checkpoint is not None)
+        with atomic_path(folders.run / "gene_match.csv") as temporary:
+            prepared.store.gene_report().to_csv(temporary, index=False)
+        write_provenance(folders, bundle.config, {"data": prepared.facts, "notes": notes})
     interrupted = False
     try:
         trainer.fit(
@@ -171,15 +197,15 @@ def fit(
     if not metrics:
         log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
         metrics = _last_figures(trainer)
-    write_provenance(
-        folders,
-        bundle.config,
-        {"data": prepared.facts(), "notes": notes, "metrics": metrics, "interrupted": interrupted},
-    )
+    if trainer.is_global_zero:
+        facts = {"data": prepared.facts, "notes": notes, "metrics": metrics, "interrupted": interrupted}
+        write_provenance(folders, bundle.config, facts)
     if interrupted:
         return RunResult(folders.run, folders.checkpoints, bundle, metrics, interrupted=True)
+    trainer.strategy.barrier("run is written")
     best = load_model(folders.best if folders.best.exists() else folders.last)
-    save_bundle(best, folders.run / "model", f"Best validation: {_best(trainer)}")
+    if trainer.is_global_zero:
+        save_bundle(best, folders.run / "model", f"Best validation: {_best(trainer)}")
     return RunResult(folders.run, folders.checkpoints, best, metrics)
 
 
@@ -233,30 +259,51 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     if fine_tuned != bool(plain["labels"]):
         kind, command = ("pretraining", "train") if fine_tuned else ("fine-tuning", "finetune")
         raise ModelError(f"'{resume}' is of a {kind} run: resume it with 'scmodelforge {command}'.")
-    have = Config.model_validate(plain["config"])
-    sections = ("data", "tokenizer", "model", *(("finetune",) if fine_tuned else ()))
+    asked = _flat(config.model_dump(mode="json"))
+    had = _flat(config_of(checkpoint, str(resume)).model_dump(mode="json"))
+    sections = ("data.", "tokenizer.", "model.", *(("finetune.",) if fine_tuned else ()))
     problems = [
-        line
-        for section in sections
-        for line in differences(getattr(config, section), getattr(have, section), section)
-        if not line.startswith("data.paths")  # the cells themselves are compared, files may have moved
+        f"{key}: {asked[key]} in the config, {had.get(key)} in the run"
+        for key in asked
+        if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
+        and asked[key] != had.get(key)
     ]
-    for key in ("batch_size", "seed", "accumulate_grad_batches"):
-        asked, had = getattr(config.training, key), getattr(have.training, key)
-        if asked != had:
-            problems.append(f"training.{key}: {asked} in the config, {had} in the model")
+    devices = accelerator(config.training)[1]
+    if devices != plain["devices"]:
+        problems.append(f"devices: {devices} here, {plain['devices']} in the run")
     if problems:
         raise ModelError(
             f"The run in '{resume}' cannot go on with this config:\n  "
             + "\n  ".join(problems)
-            + "\nUse the config it was started with, or start a new run without --resume."
+            + "\nUse the config and the --set options it was started with, or start a new run without --resume."
         )
+    for key in ("training.max_epochs", "training.max_steps"):
+        if asked[key] != had[key]:
+            log.warning(
+                "%s is %s now and was %s: the learning rate follows the new length.",
+                key,
+                asked[key],
+                had[key],
+            )
     return checkpoint
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def check_same_cells(prepared: TrainingData, plain: dict[str, Any], where: str) -> None:
     """Refuse to go on with other training cells than `plain`, the description in a checkpoint, names."""
-    had, have = plain["data"], prepared.facts()
+    had, have = plain["data"], prepared.facts
+    if had["vocabulary"] != have["vocabulary"]:
+        raise ModelError(
+            f"The run in '{where}' has another gene vocabulary than the model it should start from. Resume with the "
+            "--checkpoint it was started with."
+        )
     if had["train_cells"] != have["train_cells"]:
         raise ModelError(
             f"The run in '{where}' trained on {had['n_train']:,} of {had['n_cells']:,} cells; this config gives "

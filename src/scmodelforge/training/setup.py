@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from scmodelforge.training.callbacks import (
 
 log = logging.getLogger(__name__)
 
+RUN_DIR_VARIABLE = "SCMODELFORGE_RUN_DIR"
 VERSIONS_OF = ("scmodelforge", "torch", "lightning", "anndata", "scanpy", "numpy", "scikit-learn", "peft")
 
 
@@ -94,24 +96,39 @@ def choose_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> R
         If a folder cannot be written.
     """
     earlier = resume["run_dir"] if resume else None
-    run = Path(training.run_dir or earlier or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    run = Path(training.run_dir or earlier or _new_run_name())
     return RunFolders(require_writable(run), require_writable(training.checkpoint_dir or run / "checkpoints"))
+
+
+def _new_run_name() -> str:
+    """runs/DATE-TIME, the same for all processes that Lightning starts for one run."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        os.environ[RUN_DIR_VARIABLE] = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    return os.environ[RUN_DIR_VARIABLE]
 
 
 def create_folders(folders: RunFolders, resumed: bool) -> None:
     """Create the folders of a run that is about to start.
 
-    Checkpoints of an earlier run in the same folder are moved to a sub-folder `previous`, and that is said.
+    What an earlier run left in them is moved to sub-folders `previous`, and that is said.
     """
     ensure_writable(folders.run)
     ensure_writable(folders.checkpoints)
-    old = sorted(folders.checkpoints.glob("*.ckpt"))
-    if old and not resumed:
-        target = folders.checkpoints / "previous" / f"{datetime.now():%Y%m%d-%H%M%S}"
-        target.mkdir(parents=True)
-        for path in old:
-            path.rename(target / path.name)
-        log.warning("%s held checkpoints of another run: moved to %s.", folders.checkpoints, target)
+    for left_over in folders.checkpoints.glob(".*.tmp"):  # of a process that was killed while it wrote
+        left_over.unlink()
+    if resumed:
+        return
+    names = ("config.yaml", "run.json", "metrics.csv", "gene_match.csv", "model", "tensorboard", "wandb")
+    old = sorted(folders.checkpoints.glob("*.ckpt")) + [
+        folders.run / name for name in names if (folders.run / name).exists()
+    ]
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    for path in old:
+        (path.parent / "previous" / now).mkdir(parents=True, exist_ok=True)
+        path.rename(path.parent / "previous" / now / path.name)
+    if old:
+        places = " and ".join(sorted({str(path.parent / "previous" / now) for path in old}))
+        log.warning("%s held another run: its files were moved to %s.", folders.run, places)
 
 
 def build_trainer(
@@ -122,6 +139,7 @@ def build_trainer(
     mode: str = "min",
     wait_seconds: Callable[[], float],
     resumed_step: int = 0,
+    strategy: str = "ddp",
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
     """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
@@ -135,7 +153,7 @@ def build_trainer(
     return Trainer(
         accelerator=kind,
         devices=count,
-        strategy="ddp" if count > 1 else "auto",
+        strategy=strategy if count > 1 else "auto",
         precision=training.precision,
         max_epochs=training.max_epochs,
         max_steps=training.max_steps or -1,
