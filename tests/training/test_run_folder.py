@@ -146,3 +146,27 @@ def test_the_schedule_is_as_long_as_the_run(tmp_path: Path) -> None:
     state = read_checkpoint(result.checkpoint_dir / "last.ckpt")
     assert state["global_step"] == 6
     assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.005, 0.005]
+
+
+def test_tensorboard_gets_the_figures_too(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra tensorboard"
+    )
+    train(tiny_config(tmp_path, training={"max_epochs": 1, "logger": "tensorboard"}), data=marker_cells())
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"train_loss", "val_loss", "cells_per_second"} <= set(events.Tags()["scalars"])
+
+
+def test_a_logger_that_is_not_installed_is_refused_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    from scmodelforge.errors import MissingExtraError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = tiny_config(tmp_path / "run", training={"logger": "wandb"}, data={"paths": ["not_there.h5ad"]})
+    with pytest.raises(MissingExtraError, match=r"pip install 'scmodelforge\[wandb\]'"):
+        train(config)
+    assert not (tmp_path / "run").exists()
