@@ -194,7 +194,7 @@ def fit(
     except Interrupted:
         interrupted = True
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if not metrics:
+    if not metrics and not interrupted:
         log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
         metrics = _last_figures(trainer)
     if trainer.is_global_zero:
