@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -135,7 +136,11 @@ def start(cells: Path, folder: Path, tmp_path: Path) -> tuple[subprocess.Popen, 
     # Many epochs, so that the run is surely under way when the signal comes.
     config.write_text(yaml.safe_dump(settings(cells, folder, max_epochs=LONG)))
     command = [sys.executable, "-m", "scmodelforge.cli", "train", "--config", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # As many threads as here: sums of another number of parts differ in the last bit.
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=threads
+    )
     return process, config
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from anndata import AnnData
 from lightning import Trainer
 
@@ -156,6 +157,7 @@ def fit(
         "run_dir": str(folders.run),
         "data": prepared.facts,
         "devices": accelerator(training)[1],
+        "cpu_threads": torch.get_num_threads(),
     }
     cells = CellDataModule(
         prepared.store,
@@ -276,6 +278,12 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
             f"The run in '{resume}' cannot go on with this config:\n  "
             + "\n  ".join(problems)
             + "\nUse the config and the --set options it was started with, or start a new run without --resume."
+        )
+    if plain["cpu_threads"] != torch.get_num_threads():
+        log.warning(
+            "The run used %d CPU threads and has %d now: on the CPU its weights will differ in the last bits.",
+            plain["cpu_threads"],
+            torch.get_num_threads(),
         )
     for key in ("training.max_epochs", "training.max_steps"):
         if asked[key] != had[key]:
