@@ -70,7 +70,6 @@ def prepare_data(
     config: Config,
     data: AnnData | None = None,
     vocab: GeneVocab | None = None,
-    labels: np.ndarray | None = None,
 ) -> TrainingData:
     """Open the cells of a config, split them, and measure what the tokenizer needs on the training cells.
 
