@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from scmodelforge.config import Config
+from scmodelforge.config import Config, DataConfig, Masking, Preprocessing, TokenizerConfig
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
+from scmodelforge.models.objectives.masked import MaskedPrediction
+from scmodelforge.tokenizers.rank_value import RankValueTokenizer
 
 
 def make_vocab(n_genes: int, medians: np.ndarray | None = None, layout: str = "geneformer_v2") -> GeneVocab:
@@ -108,3 +110,17 @@ def finetune_config(run_dir: Path, training: dict[str, Any] | None = None, **fin
             "finetune": finetune,
         }
     )
+
+
+def rank_tokenizer(
+    tokenizer: TokenizerConfig, preprocessing: Preprocessing, vocab: GeneVocab
+) -> RankValueTokenizer:
+    """A rank value tokenizer of two sections of a config."""
+    return RankValueTokenizer(
+        Config(tokenizer=tokenizer, data=DataConfig(preprocessing=preprocessing)), vocab
+    )
+
+
+def masked_genes(masking: Masking, vocab: GeneVocab) -> MaskedPrediction:
+    """Masked gene prediction on rank tokens."""
+    return MaskedPrediction(Config(tokenizer=TokenizerConfig(masking=masking)), vocab)

@@ -6,32 +6,16 @@ Reading files, line numbers and overrides live in `config_io`; nothing here touc
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from scmodelforge import registry
-
-
-class Section(BaseModel):
-    """A part of the config. Unknown keys are errors, and nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yaml(cls, value: Any) -> Any:
-        if value is None:
-            return {}  # "training:" with nothing below it
-        if not isinstance(value, dict):
-            return value
-        numbers = {key for key, field in cls.model_fields.items() if field.annotation in _NUMBERS}
-        # pydantic would take true for 1; as text it is refused
-        return {k: str(v).lower() if isinstance(v, bool) and k in numbers else v for k, v in value.items()}
-
-
-_NUMBERS = (int, float, int | None, float | None)
-
+from scmodelforge.config_model import ModelConfig
+from scmodelforge.config_presets import PRESETS
+from scmodelforge.config_section import Section
+from scmodelforge.strategies import require_allowed
 
 # --- data -----------------------------------------------------------------------------------------
 
@@ -102,7 +86,7 @@ class DataConfig(Section):
 class Masking(Section):
     """BERT masking (Devlin et al. 2019): what is hidden, and what stands in its place."""
 
-    mask_ratio: float = Field(0.15, gt=0, lt=1, description="Share of a cell's tokens that are asked.")
+    mask_ratio: float = Field(0.15, gt=0, lt=1, description="Share of a cell's gene tokens that are asked.")
     mask_token_share: float = Field(0.8, ge=0, le=1, description="Share of the asked replaced by <mask>.")
     random_share: float = Field(0.1, ge=0, le=1, description="Share of the asked replaced by a random gene.")
     reference: bool = Field(
@@ -125,19 +109,60 @@ class TokenizerConfig(Section):
     """How a cell becomes tokens."""
 
     strategy: Annotated[str, AfterValidator(registry.TOKENIZERS.check)] = Field(
-        "rank_value", description="rank_value: genes in order of median-scaled expression (Geneformer)."
+        "rank_value",
+        description="rank_value: genes in order of median-scaled expression (Geneformer); binned_expression: "
+        "genes with the bin of their value within the cell (scGPT); continuous_projection: genes with their "
+        "counts or log-normalized values (TranscriptFormer).",
     )
     max_genes: int = Field(2048, ge=4, description="Longest input in tokens, CLS and EOS included.")
     prepend_cls: bool = Field(True, description="Begin each cell with <cls>.")
     append_eos: bool = Field(False, description="End each cell with <eos>.")
-    vocab_layout: Literal["geneformer_v2", "geneformer_v1"] = Field(
+    vocab_layout: Literal["geneformer_v2", "geneformer_v1", "scgpt", "transcriptformer"] = Field(
         "geneformer_v2",
-        description="Special tokens: v2 has <pad> <mask> <cls> <eos>, v1 only <pad> <mask>; genes follow.",
+        description="Special tokens before the genes: geneformer_v2 has <pad> <mask> <cls> <eos>, geneformer_v1 "
+        "only <pad> <mask>, scgpt <pad> <mask> <cls> <eoc>, transcriptformer <unknown> <pad> <cls> (its START) "
+        "<eos> (its END) <rd> <cell> <mask>.",
     )
     gene_medians: str = Field(
         "from_data",
         description="Non-zero median of each gene: from_data (training cells), none, or a table (.csv, .tsv "
-        "or .parquet with columns gene_id and median).",
+        "or .parquet with columns gene_id and median). Used by rank_value.",
+    )
+    n_bins: int = Field(
+        51,
+        ge=3,
+        description="Bins of binned_expression: 0 for zeros, then quantiles of the cell's non-zeros.",
+    )
+    bin_ties: Literal["counter", "numpy"] = Field(
+        "counter",
+        description="How equal values spread over the bins they span: 'counter', a function of (seed, epoch, "
+        "cell, gene); 'numpy', numpy's global generator cell by cell, as scGPT does.",
+    )
+    gene_order: Literal["column", "random", "value"] = Field(
+        "column",
+        description="Order of the genes of a cell for binned_expression and continuous_projection: as in the "
+        "vocabulary, random (new each epoch), or by descending value.",
+    )
+    overlong: Literal["sample", "first"] = Field(
+        "sample",
+        description="A cell with more genes than fit (binned_expression, continuous_projection): a random sample "
+        "of its genes (new each epoch), or the first ones in gene_order.",
+    )
+    include_zero_genes: bool = Field(
+        False,
+        description="Give binned_expression and continuous_projection the genes without a count too, after the "
+        "others.",
+    )
+    max_value: float | None = Field(
+        None, gt=0, description="Clip the values of continuous_projection (TranscriptFormer: counts at 30)."
+    )
+    cls_value: float = Field(
+        0.0, description="Value carried at <cls> by binned_expression and continuous_projection."
+    )
+    obs_tokens: list[str] = Field(
+        default_factory=list,
+        description="obs columns (assay, ...) given to the model as tokens before the genes; a category that "
+        "training did not see is 'unknown'.",
     )
     masking: Masking = Field(default_factory=Masking)
 
@@ -149,56 +174,6 @@ class TokenizerConfig(Section):
                 "append_eos: false, or vocab_layout: geneformer_v2"
             )
         return self
-
-
-# --- model ----------------------------------------------------------------------------------------
-
-
-class ModelConfig(Section):
-    """The transformer."""
-
-    architecture: Annotated[str, AfterValidator(registry.ARCHITECTURES.check)] = Field(
-        "transformer_encoder", description="transformer_encoder: bidirectional, BERT-style."
-    )
-    hidden_dim: int = Field(512, ge=1, description="Width of the hidden states.")
-    num_layers: int = Field(12, ge=1, description="Number of transformer blocks.")
-    num_heads: int = Field(8, ge=1, description="Attention heads; must divide hidden_dim.")
-    ffn_dim: int | None = Field(
-        None, ge=1, description="Width of the feed-forward layer; null: 4 × hidden_dim."
-    )
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings and sublayer outputs.")
-    attention_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Dropout of attention weights; above 0 it rules out the fast attention kernels.",
-    )
-    activation: Literal["gelu", "relu"] = Field(
-        "gelu", description="Activation of feed-forward layer and head."
-    )
-    norm: Literal["pre", "post"] = Field(
-        "pre", description="LayerNorm before each sublayer (stable) or after it (BERT, Geneformer)."
-    )
-    layer_norm_eps: float = Field(1e-12, gt=0, description="Epsilon of LayerNorm.")
-    pooling: Literal["mean", "cls"] = Field(
-        "mean", description="Cell embedding: mean over the cell's genes, or the hidden state of <cls>."
-    )
-    pretraining_task: Annotated[str, AfterValidator(registry.TASKS.check)] = Field(
-        "masked_gene_prediction", description="masked_gene_prediction: name the hidden genes."
-    )
-
-    @model_validator(mode="after")
-    def _heads(self) -> ModelConfig:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"hidden_dim ({self.hidden_dim}) must be divisible by num_heads ({self.num_heads})"
-            )
-        return self
-
-    @property
-    def feed_forward_dim(self) -> int:
-        """Width of the feed-forward layer with its default filled in."""
-        return self.ffn_dim or 4 * self.hidden_dim
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -406,3 +381,115 @@ class Config(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        model = value.get("model") if isinstance(value, dict) else None
+        name = model.get("preset") if isinstance(model, dict) else None
+        return _laid_under(value, PRESETS[name].settings) if name in PRESETS else value
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        model, tokenizer = self.model, self.tokenizer
+        if model.preset is not None and model.preset not in PRESETS:
+            near = difflib.get_close_matches(model.preset, PRESETS, n=1)
+            raise ValueError(
+                f"model.preset: there is no preset '{model.preset}'"
+                + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PRESETS)}")
+            )
+        require_allowed(tokenizer.strategy, model.architecture, model.pretraining_task)
+        if problem := misfit(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def value_embedding(self) -> str:
+        """`model.value_embedding` with its default filled in."""
+        if self.model.value_embedding is not None:
+            return self.model.value_embedding
+        if self.tokenizer.strategy == "rank_value" or self.model.count_bias:
+            return "none"
+        return "soft_bins" if self.model.architecture == "masked_autoencoder" else "continuous"
+
+    @property
+    def embedding_norm(self) -> bool:
+        """`model.embedding_norm` with its default filled in."""
+        given = self.model.embedding_norm
+        return self.model.architecture != "masked_autoencoder" if given is None else given
+
+    @property
+    def value_loss(self) -> str:
+        """`model.objective.value_loss` with its default filled in."""
+        if self.model.objective.value_loss is not None:
+            return self.model.objective.value_loss
+        if self.model.pretraining_task != "dual_prediction":
+            return "mse"
+        if self.tokenizer.strategy == "binned_expression":
+            return "cross_entropy"
+        causal = self.model.architecture == "autoregressive_transformer"
+        return "zero_truncated_poisson" if causal and self.carries_counts else "mse"
+
+    @property
+    def carries_counts(self) -> bool:
+        """Whether the values beside the genes are counts as measured."""
+        preprocessing = self.data.preprocessing
+        continuous = self.tokenizer.strategy == "continuous_projection"
+        return continuous and preprocessing.normalize == "none" and not preprocessing.log1p
+
+    @property
+    def obs_columns(self) -> tuple[str, ...]:
+        """obs columns that the model reads: tokens first, then the batches."""
+        batch_key = self.model.objective.batch_key
+        columns = [*self.tokenizer.obs_tokens, *([batch_key] if batch_key else [])]
+        return tuple(dict.fromkeys(columns))
+
+
+def _laid_under(values: Any, defaults: dict[str, Any]) -> Any:
+    """Fill what `values` leaves out from `defaults`, section by section."""
+    if values is None:
+        return defaults
+    if not isinstance(values, dict):
+        return values
+    below = {
+        key: _laid_under(values[key], default) if isinstance(default, dict) and key in values else default
+        for key, default in defaults.items()
+    }
+    return {**below, **{k: v for k, v in values.items() if not isinstance(defaults.get(k), dict)}}
+
+
+def misfit(config: Config) -> str:
+    """Say which settings contradict each other across sections; "" if none do."""
+    model, tokenizer, objective = config.model, config.tokenizer, config.model.objective
+    embedding, loss = config.value_embedding, config.value_loss
+    causal = model.architecture == "autoregressive_transformer"
+    if tokenizer.strategy == "rank_value" and embedding != "none":
+        return f"value_embedding is '{embedding}' in model, but tokenizer.strategy rank_value carries ranks: set none"
+    if embedding == "category" and tokenizer.strategy != "binned_expression":
+        return "value_embedding category in model needs bins: tokenizer.strategy binned_expression"
+    if loss == "cross_entropy" and tokenizer.strategy != "binned_expression":
+        return "model.objective.value_loss cross_entropy needs bins: tokenizer.strategy binned_expression"
+    if loss == "zero_truncated_poisson" and not (
+        causal and config.carries_counts and model.pretraining_task == "dual_prediction"
+    ):
+        return (
+            "model.objective.value_loss zero_truncated_poisson needs counts and a causal model: tokenizer.strategy "
+            "continuous_projection, data.preprocessing normalize: none and log1p: false, model.architecture "
+            "autoregressive_transformer and pretraining_task dual_prediction"
+        )
+    if model.count_bias and not (causal and config.carries_counts):
+        return (
+            "model.count_bias needs an autoregressive_transformer on counts: tokenizer.strategy "
+            "continuous_projection and data.preprocessing normalize: none, log1p: false"
+        )
+    if causal and not tokenizer.prepend_cls:
+        return "tokenizer.prepend_cls must be true for an autoregressive model, which starts from <cls>"
+    if model.architecture == "masked_autoencoder" and embedding in ("none", "category"):
+        return f"value_embedding '{embedding}' in model does not fit masked_autoencoder: use soft_bins or continuous"
+    if tokenizer.vocab_layout == "scgpt" and tokenizer.append_eos:
+        return "tokenizer.append_eos: the vocab_layout scgpt has no <eos>"
+    if objective.zero_probability and model.pretraining_task != "expression_reconstruction":
+        return "model.objective.zero_probability belongs to pretraining_task expression_reconstruction"
+    if objective.zero_probability and not tokenizer.include_zero_genes:
+        return "model.objective.zero_probability needs zeros in the input: tokenizer.include_zero_genes: true"
+    return ""

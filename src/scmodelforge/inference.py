@@ -20,7 +20,6 @@ import torch
 from anndata import AnnData
 from anndata.io import write_elem
 
-from scmodelforge import registry
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.loader import BatchLoader
@@ -30,8 +29,8 @@ from scmodelforge.files import atomic_path, ensure_target
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
 from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
 from scmodelforge.models.heads import PredictionHead
+from scmodelforge.tokenizers.base import Tokenizer, build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
-from scmodelforge.tokenizers.rank_value import RankValueTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +56,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_tokenizer(bundle: ModelBundle) -> RankValueTokenizer:
-    """The tokenizer that the model was trained with."""
-    config = bundle.config
-    strategy = registry.TOKENIZERS.load(config.tokenizer.strategy)
-    return strategy(config.tokenizer, config.data.preprocessing, bundle.vocab)
-
-
 def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfig | None = None) -> CellStore:
     """Open cells in the model's gene space.
 
@@ -83,7 +75,7 @@ def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfi
 
 
 def token_batches(
-    store: CellStore, rows: np.ndarray, tokenizer: RankValueTokenizer, batch_size: int
+    store: CellStore, rows: np.ndarray, tokenizer: Tokenizer, batch_size: int
 ) -> Iterator[TokenBatch]:
     """Token batches of the given rows of a store, in their order, made by threads ahead of the model."""
 
@@ -110,7 +102,7 @@ def embed_store(
     embeddings = np.empty((len(rows), model.hidden_dim), dtype=np.float32)
     done, n_empty = 0, 0
     with torch.inference_mode():
-        for tokens in token_batches(store, rows, build_tokenizer(bundle), batch_size):
+        for tokens in token_batches(store, rows, build_tokenizer(bundle.config, bundle.vocab), batch_size):
             vectors = model.encode(tokens.to(device), pooling)
             embeddings[done : done + tokens.n_cells] = vectors.float().cpu().numpy()
             done += tokens.n_cells
@@ -120,7 +112,7 @@ def embed_store(
 
 
 def _n_empty(tokens: TokenBatch) -> int:
-    return int((tokens.values.count_nonzero(dim=1) == 0).sum())
+    return int((~(tokens.values > 0).any(dim=1)).sum())
 
 
 def _warn_of_empty(n_cells: int, what: str) -> None:
@@ -151,7 +143,9 @@ def predict_store(
     outputs = np.empty((store.n_cells, labels.n_outputs), dtype=np.float32)
     n_empty = 0
     with torch.inference_mode():
-        for tokens in token_batches(store, np.arange(store.n_cells), build_tokenizer(bundle), batch_size):
+        for tokens in token_batches(
+            store, np.arange(store.n_cells), build_tokenizer(bundle.config, bundle.vocab), batch_size
+        ):
             prediction = head(model.encode(tokens.to(device))).float()
             if labels.task == "classification":
                 prediction = prediction.softmax(dim=1)
@@ -295,7 +289,7 @@ def tokens(
     model: ModelBundle | str | Path | None = None,
     config: Config | None = None,
 ) -> pd.DataFrame:
-    """What one cell becomes: one row a token, see `RankValueTokenizer.explain`.
+    """What one cell becomes: one row a token, see `Tokenizer.explain`.
 
     Parameters
     ----------
@@ -313,7 +307,7 @@ def tokens(
     config = config or Config()
     if model is not None:
         bundle = _bundle_for(model, config)
-        store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle)
+        store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle.config, bundle.vocab)
     else:
         vocab = resolve_vocab(
             config.data.gene_vocab, [open_matrix(data, config.data.layer).var], config.data.gene_column
@@ -328,8 +322,7 @@ def tokens(
         else:
             vocab = vocab.with_medians(read_medians(config.tokenizer.gene_medians, vocab))
         store = open_store([data], vocab, config.data)
-        strategy = registry.TOKENIZERS.load(config.tokenizer.strategy)
-        tokenizer = strategy(config.tokenizer, config.data.preprocessing, vocab)
+        tokenizer = build_tokenizer(config, vocab)
     names = store.obs.index
     if isinstance(cell, str) and cell in names:
         row = int(np.flatnonzero(names == cell)[0])

@@ -37,14 +37,27 @@ class Registry:
 
 
 TOKENIZERS = Registry(
-    "tokenizer strategy", {"rank_value": "scmodelforge.tokenizers.rank_value:RankValueTokenizer"}
+    "tokenizer strategy",
+    {
+        "rank_value": "scmodelforge.tokenizers.rank_value:RankValueTokenizer",
+        "binned_expression": "scmodelforge.tokenizers.binned_expression:BinnedExpressionTokenizer",
+        "continuous_projection": "scmodelforge.tokenizers.continuous_projection:ContinuousTokenizer",
+    },
 )
 ARCHITECTURES = Registry(
-    "model architecture", {"transformer_encoder": "scmodelforge.models.encoder:TransformerEncoder"}
+    "model architecture",
+    {
+        "transformer_encoder": "scmodelforge.models.encoder:TransformerEncoder",
+        "autoregressive_transformer": "scmodelforge.models.autoregressive:autoregressive_transformer",
+        "masked_autoencoder": "scmodelforge.models.masked_autoencoder:MaskedAutoencoder",
+    },
 )
 TASKS = Registry(
     "pretraining task",
-    {"masked_gene_prediction": "scmodelforge.models.objectives:MaskedGenePrediction"},
+    dict.fromkeys(
+        ("masked_gene_prediction", "expression_reconstruction", "dual_prediction", "next_gene"),
+        "scmodelforge.models.objectives:build_objective",
+    ),
 )
 BENCHMARKS = Registry(
     "benchmark",

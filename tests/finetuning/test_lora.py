@@ -15,8 +15,9 @@ from scmodelforge.config import LoraConfig
 from scmodelforge.errors import MissingExtraError
 from scmodelforge.finetuning.lora import add_lora, trainable_share
 from scmodelforge.finetuning.run import finetune
-from scmodelforge.inference import build_tokenizer, open_for
+from scmodelforge.inference import open_for
 from scmodelforge.models.bundle import ModelBundle, load_model, read_checkpoint
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.training.run import RunResult
 from tests.helpers import finetune_config, marker_cells
@@ -36,7 +37,7 @@ LAYERS = {
 
 
 def tokens_of(bundle: ModelBundle) -> TokenBatch:
-    return build_tokenizer(bundle)(open_for(bundle, CELLS).read(np.arange(CELLS.n_obs)))
+    return build_tokenizer(bundle.config, bundle.vocab)(open_for(bundle, CELLS).read(np.arange(CELLS.n_obs)))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from scmodelforge.config_io import load_config
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.inference import build_tokenizer
 from scmodelforge.models.bundle import (
     FORMAT_VERSION,
     ModelBundle,
@@ -27,6 +26,7 @@ from scmodelforge.models.bundle import (
     save_bundle,
     with_model_of,
 )
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.run import RunResult
 from tests.helpers import make_cells, marker_cells, tiny_config
 
@@ -47,7 +47,9 @@ def checkpoint(annotator: RunResult, tmp_path: Path) -> Path:
 
 def outputs(bundle: ModelBundle) -> torch.Tensor:
     with torch.no_grad():
-        return bundle.head(bundle.model.encode(build_tokenizer(bundle)(make_cells(COUNTS))))
+        return bundle.head(
+            bundle.model.encode(build_tokenizer(bundle.config, bundle.vocab)(make_cells(COUNTS)))
+        )
 
 
 def rewrite(checkpoint: Path, **changes: object) -> Path:

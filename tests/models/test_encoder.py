@@ -8,8 +8,7 @@ import torch
 
 from scmodelforge.config import Config, Preprocessing
 from scmodelforge.models.bundle import build_model
-from scmodelforge.tokenizers.rank_value import RankValueTokenizer
-from tests.helpers import make_cells, make_vocab
+from tests.helpers import make_cells, make_vocab, rank_tokenizer
 
 VOCAB = make_vocab(200)
 COUNTS = np.random.default_rng(0).poisson(np.linspace(0.05, 1.5, 12)[:, None], (12, 200))
@@ -26,7 +25,7 @@ def encoder(norm: str, **tokenizer):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
-    return model, RankValueTokenizer(config.tokenizer, Preprocessing(), VOCAB)
+    return model, rank_tokenizer(config.tokenizer, Preprocessing(), VOCAB)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -10,9 +10,10 @@ from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 from scmodelforge.models.encoder import TransformerEncoder
-from scmodelforge.models.objectives import MaskedGenePrediction, TrainingBatch
+from scmodelforge.models.objectives.batch import TrainingBatch
 from scmodelforge.models.published.geneformer import from_bert, to_bert
 from scmodelforge.tokenizers.batch import TokenBatch
+from tests.helpers import masked_genes
 
 transformers = pytest.importorskip("transformers", reason="needs the dev extra (transformers)")
 
@@ -99,9 +100,7 @@ def ragged_tokens(vocab: GeneVocab) -> TokenBatch:
 
 def corrupted(vocab: GeneVocab) -> TrainingBatch:
     config = Config.model_validate({"tokenizer": {"masking": {"mask_ratio": 0.4}}})
-    return MaskedGenePrediction(config.tokenizer.masking, vocab).corrupt(
-        ragged_tokens(vocab), seed=3, epoch=0
-    )
+    return masked_genes(config.tokenizer.masking, vocab).corrupt(ragged_tokens(vocab), seed=3, epoch=0)
 
 
 def test_hidden_states_of_every_layer_are_bert_s(pair) -> None:
@@ -118,14 +117,14 @@ def test_hidden_states_of_every_layer_are_bert_s(pair) -> None:
 def test_logits_loss_and_gradients_are_bert_s(pair) -> None:
     ours, bert, vocab = pair
     batch = corrupted(vocab)
-    task = MaskedGenePrediction(Config().tokenizer.masking, vocab)
+    task = masked_genes(Config().tokenizer.masking, vocab)
     labels = torch.full(batch.tokens.input_ids.shape, -100)
-    labels.view(-1)[batch.asked] = batch.targets
+    labels.view(-1)[batch.asked] = batch.genes
     reference = bert(batch.tokens.input_ids, attention_mask=batch.tokens.attention_mask.long(), labels=labels)
     output = task(ours, batch)
-    assert len(batch.targets) > 5
+    assert len(batch.genes) > 5
     asked = reference.logits.flatten(0, 1)[batch.asked]
-    torch.testing.assert_close(output.predictions, asked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.gene_logits, asked, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, reference.loss, atol=1e-5, rtol=0)
 
     output.loss.backward()

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from scmodelforge.config import Preprocessing, TokenizerConfig
-from scmodelforge.tokenizers.rank_value import RankValueTokenizer
-from tests.helpers import make_cells, make_vocab
+from tests.helpers import make_cells, make_vocab, rank_tokenizer
 
 TARGET_SUM = 10_000
 
@@ -54,7 +53,7 @@ def test_tokens_are_those_of_the_slow_version(drawn) -> None:
     counts, unmatched, medians, config = drawn
     vocab = make_vocab(counts.shape[1], medians, config.vocab_layout)
     cells = make_cells(counts, unmatched)
-    batch = RankValueTokenizer(config, Preprocessing(), vocab)(cells)
+    batch = rank_tokenizer(config, Preprocessing(), vocab)(cells)
     for i in range(len(counts)):
         expected = slow_tokens(counts[i], cells.library_size[i], medians, vocab, config)
         length = int(batch.lengths[i])
@@ -68,7 +67,7 @@ def test_tokens_are_those_of_the_slow_version(drawn) -> None:
 @settings(max_examples=50, deadline=None)
 def test_a_cell_s_tokens_do_not_depend_on_its_company(drawn, random) -> None:
     counts, unmatched, medians, config = drawn
-    tokenizer = RankValueTokenizer(
+    tokenizer = rank_tokenizer(
         config, Preprocessing(), make_vocab(counts.shape[1], medians, config.vocab_layout)
     )
     together = tokenizer(make_cells(counts, unmatched))
@@ -84,16 +83,16 @@ def test_values_are_normalized_counts_in_rank_order() -> None:
     counts = np.array([[4, 0, 1, 5]])
     config = TokenizerConfig(prepend_cls=True, append_eos=True)
     vocab = make_vocab(4, np.array([100.0, 1.0, 1.0, 1000.0]))
-    plain = RankValueTokenizer(config, Preprocessing(log1p=False), vocab)(make_cells(counts, np.array([10])))
+    plain = rank_tokenizer(config, Preprocessing(log1p=False), vocab)(make_cells(counts, np.array([10])))
     assert vocab.tokens_to_names(plain.input_ids[0].numpy()) == ["<cls>", "G2", "G0", "G3", "<eos>"]
     np.testing.assert_allclose(plain.values[0], [0, 500, 2000, 2500, 0])
-    logged = RankValueTokenizer(config, Preprocessing(), vocab)(make_cells(counts, np.array([10])))
+    logged = rank_tokenizer(config, Preprocessing(), vocab)(make_cells(counts, np.array([10])))
     np.testing.assert_allclose(logged.values[0], np.log1p([0, 500, 2000, 2500, 0]), rtol=1e-6)
     assert logged.input_ids.tolist() == plain.input_ids.tolist()
 
 
 def test_without_normalization_the_counts_themselves_are_ranked() -> None:
-    tokenizer = RankValueTokenizer(
+    tokenizer = rank_tokenizer(
         TokenizerConfig(prepend_cls=False), Preprocessing(normalize="none", log1p=False), make_vocab(3)
     )
     batch = tokenizer(make_cells(np.array([[2, 9, 4]])))
@@ -102,7 +101,7 @@ def test_without_normalization_the_counts_themselves_are_ranked() -> None:
 
 def test_explain_shows_each_step() -> None:
     vocab = make_vocab(3, np.array([2.0, 1.0, np.nan]))
-    tokenizer = RankValueTokenizer(TokenizerConfig(), Preprocessing(), vocab)
+    tokenizer = rank_tokenizer(TokenizerConfig(), Preprocessing(), vocab)
     table = tokenizer.explain(make_cells(np.array([[6, 2, 5]]), np.array([7])))
     assert table["name"].tolist() == ["<cls>", "G0", "G1"]
     assert table["counts"].tolist()[1:] == [6, 2]
@@ -113,7 +112,7 @@ def test_explain_shows_each_step() -> None:
 
 @pytest.mark.parametrize("n_genes", [2046, 2047, 5000])
 def test_long_cells_are_cut_to_the_input_length(n_genes: int) -> None:
-    tokenizer = RankValueTokenizer(
+    tokenizer = rank_tokenizer(
         TokenizerConfig(max_genes=2048, append_eos=True), Preprocessing(), make_vocab(n_genes)
     )
     batch = tokenizer(make_cells(np.ones((1, n_genes))))

@@ -13,7 +13,7 @@ from scmodelforge.config import DataConfig, Preprocessing, TokenizerConfig
 from scmodelforge.data.preprocess import gene_medians
 from scmodelforge.data.store import open_store
 from scmodelforge.genes.vocab import predefined
-from scmodelforge.tokenizers.rank_value import RankValueTokenizer
+from tests.helpers import rank_tokenizer
 
 CELLS = np.arange(0, 2700, 67)
 
@@ -26,7 +26,7 @@ def test_tokens_of_pbmc3k(real_data: Path, max_genes: int) -> None:
     medians, _ = gene_medians(store, CELLS, 10_000, "library_size")
     vocab = vocab.with_medians(medians)
     config = TokenizerConfig(max_genes=max_genes, append_eos=True)
-    batch = RankValueTokenizer(config, Preprocessing(), vocab)(store.read(CELLS))
+    batch = rank_tokenizer(config, Preprocessing(), vocab)(store.read(CELLS))
 
     # The published steps: n_counts over all genes, columns of known genes, X / n · 10,000 / median, argsort.
     adata = anndata.read_h5ad(path)

@@ -25,6 +25,9 @@ class CellBatch:
         float32 (n_cells): sum over **all** genes measured, also those outside the vocabulary.
     cell_index
         int64 (n_cells): global row of each cell in the store.
+    obs
+        int64 (n_cells, n_columns): category of each cell in each column of `GeneVocab.obs_categories`, counted
+        from 1; 0 is unknown. None if the vocabulary has no such column.
     """
 
     indptr: np.ndarray
@@ -32,6 +35,7 @@ class CellBatch:
     counts: np.ndarray
     library_size: np.ndarray
     cell_index: np.ndarray
+    obs: np.ndarray | None = None
 
     @property
     def n_cells(self) -> int:

@@ -40,6 +40,8 @@ class CellStore:
         The matrix of each file, and how its genes meet the vocabulary.
     files
         Their names.
+    obs_categories
+        Categories of the obs columns that a batch carries, as in `GeneVocab.obs_categories`.
     offsets
         int64 (n_files + 1): file `i` holds the cells `offsets[i]:offsets[i + 1]`.
     n_cells
@@ -48,6 +50,7 @@ class CellStore:
 
     def __init__(self, matrices: Sequence[Matrix], matches: Sequence[GeneMatch], vocab: GeneVocab) -> None:
         self.vocab = vocab
+        self.obs_categories = vocab.obs_categories
         self.matrices, self.matches = list(matrices), list(matches)
         self.files = [matrix.name for matrix in self.matrices]
         self.offsets = np.cumsum([0, *(matrix.n_cells for matrix in self.matrices)])
@@ -59,6 +62,26 @@ class CellStore:
         """Annotations of all cells under their own names: the union of columns, NaN where a file has none."""
         frames = [matrix.obs for matrix in self.matrices]
         return frames[0] if len(frames) == 1 else pd.concat(frames, join="outer")
+
+    @cached_property
+    def obs_codes(self) -> np.ndarray | None:
+        """int64 (n_cells, n_columns): see `CellBatch.obs`; a column that no file has is unknown everywhere."""
+        if not self.obs_categories:
+            return None
+        codes = np.zeros((self.n_cells, len(self.obs_categories)), dtype=np.int64)
+        for place, (column, categories) in enumerate(self.obs_categories.items()):
+            if column not in self.obs:
+                log.warning("No obs column '%s': the model is told 'unknown' for every cell.", column)
+                continue
+            codes[:, place] = pd.Index(categories).get_indexer(pd.Index(self.obs[column].astype(str))) + 1
+            if unknown := int((codes[:, place] == 0).sum()):
+                log.warning(
+                    "obs['%s']: %s of %s cells have a category that the model does not know; it is told 'unknown'.",
+                    column,
+                    f"{unknown:,}",
+                    f"{self.n_cells:,}",
+                )
+        return codes
 
     def read(self, rows: np.ndarray) -> CellBatch:
         """Read cells in the order given; callable from several threads.
@@ -89,7 +112,8 @@ class CellStore:
         else:
             back = np.argsort(order)
             block, library_size = _concatenate(parts).take(back), np.concatenate([*libraries, ()])[back]
-        return CellBatch(block.indptr, block.indices, block.data, library_size.astype(np.float32), rows)
+        obs = None if self.obs_codes is None else self.obs_codes[rows]
+        return CellBatch(block.indptr, block.indices, block.data, library_size.astype(np.float32), rows, obs)
 
     def _read_file(self, file: int, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
         """Return vocabulary rows and counts of cells of one file, and their library sizes (float64)."""

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.split import split_cells
@@ -29,6 +28,7 @@ from scmodelforge.models.bundle import (
     load_model,
     with_model_of,
 )
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.data import TrainingData
 from scmodelforge.training.run import RunResult, check_same_cells, fit, read_resumable
 from scmodelforge.training.setup import check_environment, choose_folders, collected_notes
@@ -123,7 +123,8 @@ def finetune(
             _fit_head_scale(bundle, prepared, seed)
         bundle.model.train()
         bundle.model.requires_grad_(not config.finetune.freeze_backbone)
-        bundle.model.head.requires_grad_(False)  # the pretraining head is not used
+        for head in bundle.model.pretraining_heads:
+            head.requires_grad_(False)
         if config.finetune.lora.enabled:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -137,12 +138,10 @@ def finetune(
             f"{total:,}",
             100 * trainable / total,
         )
-        tokenizer = registry.TOKENIZERS.load(config.tokenizer.strategy)(
-            config.tokenizer, config.data.preprocessing, pretrained.vocab
-        )
+        tokenizer = build_tokenizer(config, pretrained.vocab)
 
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
-            tokens = tokenizer(cells)
+            tokens = tokenizer(cells, seed, epoch)
             wanted = torch.from_numpy(values[cells.cell_index])
             return LabelledBatch(tokens, wanted, int(tokens.lengths.sum()), batch_seed)
 

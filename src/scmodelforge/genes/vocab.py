@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 VOCAB_LAYOUTS: dict[str, tuple[str, ...]] = {
     "geneformer_v2": ("<pad>", "<mask>", "<cls>", "<eos>"),
     "geneformer_v1": ("<pad>", "<mask>"),
+    "scgpt": ("<pad>", "<mask>", "<cls>", "<eoc>"),
+    "transcriptformer": ("<unknown>", "<pad>", "<cls>", "<eos>", "<rd>", "<cell>", "<mask>"),
 }
 PREDEFINED = tuple(f"{species}_protein_coding" for species in SPECIES)
 
@@ -55,6 +57,8 @@ class GeneVocab:
         Names of the tokens before the genes; `<pad>` and `<mask>` at least.
     name
         What people call it; no part of its identity.
+    obs_categories
+        obs column → the categories that the model was told of, in the order of their numbers (from 1).
     """
 
     gene_ids: np.ndarray
@@ -64,6 +68,7 @@ class GeneVocab:
     medians: np.ndarray | None = None
     special_tokens: tuple[str, ...] = VOCAB_LAYOUTS["geneformer_v2"]
     name: str = "vocabulary"
+    obs_categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise `DataError` if genes are missing or doubled, or lengths differ."""
@@ -76,11 +81,11 @@ class GeneVocab:
                 f"The gene vocabulary '{self.name}' lists {len(doubled):,} gene ids more than once ({shown}"
                 f"{', …' if len(doubled) > 3 else ''}); each gene must occur once."
             )
-        for field in ("symbols", "biotypes", "medians"):
-            values = getattr(self, field)
+        for what in ("symbols", "biotypes", "medians"):
+            values = getattr(self, what)
             if values is not None and len(values) != len(ids):
                 raise DataError(
-                    f"The gene vocabulary '{self.name}' has {len(ids):,} genes but {len(values):,} {field}."
+                    f"The gene vocabulary '{self.name}' has {len(ids):,} genes but {len(values):,} {what}."
                 )
         if not {"<pad>", "<mask>"} <= set(self.special_tokens):
             raise DataError(
@@ -127,6 +132,8 @@ class GeneVocab:
     def fingerprint(self) -> str:
         """sha256 (hex) of gene ids, special tokens and medians: equal if models can be exchanged."""
         content = json.dumps([list(self.gene_ids), list(self.special_tokens)]).encode()
+        if self.obs_categories:
+            content += json.dumps(list(self.obs_categories.items())).encode()
         if self.medians is not None:
             content += np.where(np.isnan(self.medians), np.nan, self.medians).astype("<f8").tobytes()
         return hashlib.sha256(content).hexdigest()
@@ -164,6 +171,10 @@ class GeneVocab:
         """Return the same genes after other special tokens, such as `VOCAB_LAYOUTS["geneformer_v1"]`."""
         return replace(self, special_tokens=tuple(special_tokens))
 
+    def with_obs_categories(self, categories: Mapping[str, Iterable[str]]) -> GeneVocab:
+        """Return the same genes with other categories of obs columns."""
+        return replace(self, obs_categories={name: tuple(values) for name, values in categories.items()})
+
     def to_frame(self) -> pd.DataFrame:
         """Return gene_id, symbol, biotype and, if there are any, median."""
         frame = pd.DataFrame({"gene_id": self.gene_ids, "symbol": self.symbols, "biotype": self.biotypes})
@@ -175,6 +186,7 @@ class GeneVocab:
             "name": self.name,
             "species": self.species,
             "special_tokens": json.dumps(self.special_tokens),
+            "obs_categories": json.dumps(self.obs_categories),
             "fingerprint": self.fingerprint,
         }
         table = pa.Table.from_pandas(self.to_frame(), preserve_index=False).replace_schema_metadata(metadata)
@@ -211,6 +223,7 @@ class GeneVocab:
             medians=frame["median"].to_numpy() if "median" in frame else None,
             special_tokens=tuple(json.loads(special)) if special else VOCAB_LAYOUTS["geneformer_v2"],
             name=metadata.get("name", path.stem),
+            obs_categories=_categories(json.loads(metadata.get("obs_categories", "{}"))),
         )
         if metadata.get("fingerprint", vocab.fingerprint) != vocab.fingerprint:
             raise DataError(
@@ -229,6 +242,7 @@ class GeneVocab:
             "medians": None if self.medians is None else self.medians.tolist(),
             "special_tokens": list(self.special_tokens),
             "name": self.name,
+            "obs_categories": {name: list(values) for name, values in self.obs_categories.items()},
             "fingerprint": self.fingerprint,
         }
 
@@ -241,7 +255,7 @@ class GeneVocab:
         ModelError
             If something is missing, or the content does not have its fingerprint.
         """
-        wanted = [field.name for field in fields(cls)] + ["fingerprint"]
+        wanted = [part.name for part in fields(cls)] + ["fingerprint"]
         if missing := [key for key in wanted if key not in plain]:
             raise ModelError(
                 f"The gene vocabulary of this checkpoint lacks {', '.join(missing)}; it is damaged."
@@ -254,6 +268,7 @@ class GeneVocab:
             medians=None if plain["medians"] is None else np.array(plain["medians"], dtype=np.float64),
             special_tokens=tuple(plain["special_tokens"]),
             name=plain["name"],
+            obs_categories=_categories(plain["obs_categories"]),
         )
         if vocab.fingerprint != plain["fingerprint"]:
             raise ModelError(
@@ -261,6 +276,10 @@ class GeneVocab:
                 "the checkpoint is damaged."
             )
         return vocab
+
+
+def _categories(plain: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(values) for name, values in plain.items()}
 
 
 @cache

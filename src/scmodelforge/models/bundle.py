@@ -26,7 +26,7 @@ from scmodelforge.config_io import differences, load_config, to_yaml
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.encoder import TransformerEncoder
+from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.heads import PredictionHead
 
 CHECKPOINT_KEY = "scmodelforge"
@@ -68,7 +68,7 @@ class ModelBundle:
 
     config: Config
     vocab: GeneVocab
-    model: TransformerEncoder
+    model: CellTransformer
     labels: Labels | None = None
     head: PredictionHead | None = None
 
@@ -89,7 +89,7 @@ class ModelBundle:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def build_model(config: Config, vocab: GeneVocab, seed: int | None = None) -> TransformerEncoder:
+def build_model(config: Config, vocab: GeneVocab, seed: int | None = None) -> CellTransformer:
     """A freshly initialised model; `seed` fixes its weights and leaves the global generator alone."""
     architecture = registry.ARCHITECTURES.load(config.model.architecture)
     with torch.random.fork_rng(enabled=seed is not None):

@@ -1,4 +1,4 @@
-"""`transformer_encoder`: a bidirectional transformer over rank tokens, BERT's way (Geneformer)."""
+"""`transformer_encoder`: a bidirectional transformer over a cell's tokens (BERT, Geneformer, scGPT)."""
 
 from __future__ import annotations
 
@@ -7,50 +7,55 @@ from torch import nn
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.embeddings import RankEmbedding
-from scmodelforge.models.heads import MaskedGeneHead
-from scmodelforge.models.pooling import pool
-from scmodelforge.models.transformer import Transformer, initialize
+from scmodelforge.models.auxiliary import AuxiliaryHeads
+from scmodelforge.models.base import CellTransformer
+from scmodelforge.models.heads import ExpressionHead, build_gene_head
+from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
 
 
-class TransformerEncoder(nn.Module):
-    """Embedding, transformer and masked-gene head.
+class TransformerEncoder(CellTransformer):
+    """Embedding, transformer and the heads that the pretraining task needs.
 
-    Parameters
+    Attributes
     ----------
-    config
-        The whole config; the sections `model` and `tokenizer` are read.
-    vocab
-        The gene vocabulary, which fixes the number of tokens.
+    head
+        Names genes; None for expression_reconstruction.
+    expression_head
+        Tells values; None for masked_gene_prediction. For dual_prediction it also reads the vector of the true
+        gene, as the gene itself is hidden.
+    auxiliary
+        Heads of the auxiliary losses; None if there are none.
     """
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
-        super().__init__()
-        self.pooling = config.model.pooling
-        self.first_gene_token = vocab.first_gene_token
-        self.hidden_dim = config.model.hidden_dim
-        self.embedding = RankEmbedding(config.model, vocab.n_tokens, config.tokenizer.max_genes, vocab.pad_id)
-        self.transformer = Transformer(config.model)
-        self.head = MaskedGeneHead(config.model, vocab.n_tokens)
+        super().__init__(config, vocab)
+        task = config.model.pretraining_task
+        self.head = build_gene_head(config, vocab) if task != "expression_reconstruction" else None
+        self.expression_head = (
+            ExpressionHead(config, vocab, with_gene=task == "dual_prediction")
+            if task != "masked_gene_prediction"
+            else None
+        )
+        self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
 
-    def _embed(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.embedding(tokens.input_ids), tokens.attention_mask if tokens.has_padding else None
-
-    def hidden_states(self, tokens: TokenBatch) -> list[torch.Tensor]:
-        """Embedding output and the output of each block, `num_layers + 1` tensors (n, length, width)."""
-        return list(self.transformer.states(*self._embed(tokens)))
-
-    def forward(self, tokens: TokenBatch) -> torch.Tensor:
-        """Hidden states (n_cells, length, width); those at padding positions mean nothing."""
-        return self.transformer(*self._embed(tokens))
+    @property
+    def pretraining_heads(self) -> list[nn.Module]:
+        return [head for head in (self.head, self.expression_head, self.auxiliary) if head is not None]
 
     def logits(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Gene logits (m, n_tokens) at flat positions (m) of hidden states (n_cells, length, width)."""
+        assert self.head is not None
         asked = hidden.flatten(0, 1).index_select(0, positions)
-        return self.head(asked, self.embedding.tokens.weight)
+        return self.head(asked, self.embedding.tokens)
 
-    def encode(self, tokens: TokenBatch, pooling: str | None = None) -> torch.Tensor:
-        """Cell embeddings (n_cells, width); the same whatever cells and padding they come with."""
-        return pool(self(tokens), tokens, pooling or self.pooling, self.first_gene_token)
+    def expression(
+        self, hidden: torch.Tensor, positions: torch.Tensor, genes: torch.Tensor, tokens: TokenBatch
+    ) -> torch.Tensor:
+        """Expression predictions (m, n_outputs) at flat positions (m), whose true genes are `genes` (m)."""
+        assert self.expression_head is not None
+        asked = hidden.flatten(0, 1).index_select(0, positions)
+        return self.expression_head(
+            asked, self.embedding.genes(genes), tokens.obs, positions // hidden.shape[1]
+        )

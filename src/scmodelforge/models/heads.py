@@ -1,4 +1,4 @@
-"""Heads: from hidden states to gene logits, from cell embeddings to labels."""
+"""Heads: from hidden states to genes and values, from cell embeddings to labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from scmodelforge.config import ModelConfig
+from scmodelforge.config import Config, ModelConfig
+from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.embeddings import ExternalGenes, LearnedGenes
 from scmodelforge.models.transformer import ACTIVATIONS
 
 
@@ -20,9 +22,87 @@ class MaskedGeneHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(n_tokens))
 
-    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Hidden states (m, width) and token embeddings (n_tokens, width) → logits (m, n_tokens)."""
-        return F.linear(self.norm(self.activation(self.dense(hidden))), embedding, self.bias)
+    def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> torch.Tensor:
+        """Hidden states (..., width) → logits (..., n_tokens)."""
+        return F.linear(self.norm(self.activation(self.dense(hidden))), genes.table(), self.bias)
+
+
+class GeneNetwork(nn.Module):
+    """A network of its own: Linear → ReLU → LayerNorm → dropout → Linear (TranscriptFormer), soft-capped."""
+
+    def __init__(self, config: ModelConfig, n_tokens: int) -> None:
+        super().__init__()
+        width = config.gene_head_dim or config.hidden_dim
+        self.soft_cap = config.soft_cap
+        self.layers = nn.Sequential(
+            nn.Linear(config.hidden_dim, width),
+            nn.ReLU(),
+            nn.LayerNorm(width, eps=config.layer_norm_eps),
+            nn.Dropout(config.dropout),
+            nn.Linear(width, n_tokens),
+        )
+
+    def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> torch.Tensor:
+        """Hidden states (..., width) → logits (..., n_tokens)."""
+        logits = self.layers(hidden)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def build_gene_head(config: Config, vocab: GeneVocab) -> MaskedGeneHead | GeneNetwork:
+    """The head that `model.gene_head` names."""
+    kind = MaskedGeneHead if config.model.gene_head == "tied" else GeneNetwork
+    return kind(config.model, vocab.n_tokens)
+
+
+def three_layers(n_inputs: int, width: int, n_outputs: int) -> nn.Sequential:
+    """Linear → LeakyReLU → Linear → LeakyReLU → Linear (scGPT's expression decoder)."""
+    return nn.Sequential(
+        nn.Linear(n_inputs, width),
+        nn.LeakyReLU(),
+        nn.Linear(width, width),
+        nn.LeakyReLU(),
+        nn.Linear(width, n_outputs),
+    )
+
+
+class ExpressionHead(nn.Module):
+    """Tells the value of a gene from its hidden state (scGPT's `ExprDecoder`).
+
+    Beside the hidden state it reads the vector of the gene where the input hides it (`with_gene`), and a vector of
+    the cell's batch with `model.objective.batch_labels`. One output for the value, or one per bin with value_loss
+    cross_entropy, and a last one, the logit of being more than zero, with `zero_probability`.
+    """
+
+    def __init__(self, config: Config, vocab: GeneVocab, with_gene: bool) -> None:
+        super().__init__()
+        width, objective = config.model.hidden_dim, config.model.objective
+        self.with_gene = with_gene
+        self.batch_embedding: nn.Module | None = None
+        if objective.batch_labels and objective.batch_key is not None:
+            self.batch_place = list(vocab.obs_categories).index(objective.batch_key)
+            n_batches = len(vocab.obs_categories[objective.batch_key]) + 1
+            self.batch_embedding = nn.Sequential(
+                nn.Embedding(n_batches, width), nn.LayerNorm(width, eps=config.model.layer_norm_eps)
+            )
+        n_inputs = width * (1 + with_gene + (self.batch_embedding is not None))
+        n_outputs = config.tokenizer.n_bins if config.value_loss == "cross_entropy" else 1
+        self.value = three_layers(n_inputs, width, n_outputs)
+        self.nonzero = three_layers(n_inputs, width, 1) if objective.zero_probability else None
+
+    def forward(
+        self, hidden: torch.Tensor, genes: torch.Tensor, obs: torch.Tensor | None, cell: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states and gene vectors (m, width) of cells `cell` (int64 m) → (m, n_outputs)."""
+        parts = [hidden]
+        if self.with_gene:
+            parts.append(genes)
+        if self.batch_embedding is not None:
+            assert obs is not None
+            parts.append(self.batch_embedding(obs[cell, self.batch_place]))
+        x = torch.cat(parts, dim=1)
+        if self.nonzero is None:
+            return self.value(x)
+        return torch.cat([self.value(x), self.nonzero(x)], dim=1)
 
 
 class PredictionHead(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -16,13 +17,19 @@ class TokenBatch:
     input_ids
         int64 (n_cells, length): token ids, `<pad>` on the right.
     values
-        float32 (n_cells, length): the expression value of each gene token, 0 at special tokens and pads.
+        float32 (n_cells, length): the expression value of each gene token; 0 at special tokens (`<cls>`:
+        `tokenizer.cls_value`) and pads.
     lengths
         int64 (n_cells): tokens of each cell, special ones included.
     cell_index
         int64 (n_cells): global row of each cell in the store.
     has_padding
         Whether any cell is shorter than the batch; known on the host, so the model need not ask the device.
+    obs
+        int64 (n_cells, n_columns): category of each cell in each column of `GeneVocab.obs_categories`, counted
+        from 1; 0 is unknown. None if the vocabulary has no such column.
+    bin_edges
+        float32 (n_cells, n_bins - 1): the quantiles between the bins of `binned_expression`; else None.
     """
 
     input_ids: torch.Tensor
@@ -30,6 +37,8 @@ class TokenBatch:
     lengths: torch.Tensor
     cell_index: torch.Tensor
     has_padding: bool
+    obs: torch.Tensor | None = None
+    bin_edges: torch.Tensor | None = None
 
     @property
     def n_cells(self) -> int:
@@ -44,10 +53,13 @@ class TokenBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
         """Copy to a device."""
-        return replace(
-            self,
-            **{
-                name: getattr(self, name).to(device, non_blocking=non_blocking)
-                for name in ("input_ids", "values", "lengths", "cell_index")
-            },
-        )
+        return replace(self, **tensors_to(self, device, non_blocking))
+
+
+def tensors_to(batch: object, device: torch.device | str, non_blocking: bool = False) -> dict[str, Any]:
+    """Return the fields of a batch that live on a device (tensors and batches), copied there."""
+    return {
+        field.name: value.to(device, non_blocking=non_blocking)
+        for field in fields(batch)  # type: ignore[arg-type]
+        if isinstance(value := getattr(batch, field.name), torch.Tensor | TokenBatch)
+    }

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scmodelforge.config import Preprocessing, TokenizerConfig
+from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.module import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 
@@ -25,8 +26,9 @@ class RankValueTokenizer:
     embedding for them. Without medians in the vocabulary the genes are ranked by normalized counts alone.
     """
 
-    def __init__(self, config: TokenizerConfig, preprocessing: Preprocessing, vocab: GeneVocab) -> None:
-        self.config = config
+    def __init__(self, config: Config, vocab: GeneVocab) -> None:
+        preprocessing = config.data.preprocessing
+        self.config = config.tokenizer
         self.vocab = vocab
         self.log1p = preprocessing.log1p
         self.target_sum = preprocessing.target_sum if preprocessing.normalize == "library_size" else None
@@ -42,7 +44,7 @@ class RankValueTokenizer:
             reciprocal = 1.0 / cells.library_size.astype(np.float64)
         return counts * reciprocal[row] * self.target_sum
 
-    def __call__(self, cells: CellBatch) -> TokenBatch:
+    def __call__(self, cells: CellBatch, seed: int = 0, epoch: int = VALIDATION_EPOCH) -> TokenBatch:
         """Tokenize cells; see `TokenBatch` for shapes. Cells without a usable gene keep their special tokens."""
         n_cells, vocab, config = cells.n_cells, self.vocab, self.config
         row = np.repeat(np.arange(n_cells), cells.n_genes_per_cell)
@@ -83,6 +85,7 @@ class RankValueTokenizer:
             lengths=torch.from_numpy(lengths.astype(np.int64)),
             cell_index=torch.from_numpy(cells.cell_index),
             has_padding=bool((lengths < input_ids.shape[1]).any()),
+            obs=None if cells.obs is None else torch.from_numpy(cells.obs),
         )
 
     def explain(self, cells: CellBatch) -> pd.DataFrame:

@@ -108,7 +108,11 @@ def prepare_data(
         prepared = replace(
             prepared, store=open_store(sources, vocab, config.data, selected_genes=True), vocab=vocab
         )
-    if config.tokenizer.gene_medians == "none":
+    if config.obs_columns:
+        vocab = vocab.with_obs_categories(_categories(prepared, config.obs_columns))
+        prepared = replace(prepared, vocab=vocab)
+        prepared.store.obs_categories = vocab.obs_categories
+    if config.tokenizer.gene_medians == "none" or config.tokenizer.strategy != "rank_value":
         return replace(prepared, vocab=vocab.with_medians(None))
     if config.tokenizer.gene_medians == "from_data":
         log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")
@@ -132,6 +136,27 @@ def prepare_data(
     else:
         medians = read_medians(config.tokenizer.gene_medians, prepared.vocab)
     return replace(prepared, vocab=prepared.vocab.with_medians(medians))
+
+
+def _categories(prepared: TrainingData, columns: tuple[str, ...]) -> dict[str, list[str]]:
+    """The categories of obs columns among the training cells, ascending.
+
+    Raises
+    ------
+    DataError
+        If a column is in no file.
+    """
+    obs = prepared.store.obs
+    for column in columns:
+        if column not in obs:
+            raise DataError(
+                f"tokenizer.obs_tokens and model.objective.batch_key name the obs column '{column}', which no file "
+                f"has; there are: {', '.join(map(str, obs.columns[:20])) or 'none'}."
+            )
+    return {
+        column: sorted(obs[column].iloc[prepared.train_rows].dropna().astype(str).unique())
+        for column in columns
+    }
 
 
 def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:

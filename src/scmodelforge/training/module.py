@@ -10,7 +10,7 @@ from torch import nn
 
 from scmodelforge.config import TrainingConfig
 from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
-from scmodelforge.models.objectives import MaskedGenePrediction, TrainingBatch
+from scmodelforge.models.objectives.batch import Objective, TrainingBatch
 from scmodelforge.training.optim import (
     build_optimizer,
     parameter_groups,
@@ -74,7 +74,7 @@ class TrainingModule(LightningModule):
 class PretrainingModule(TrainingModule):
     """Pretraining on one task."""
 
-    def __init__(self, bundle: ModelBundle, training: TrainingConfig, task: MaskedGenePrediction) -> None:
+    def __init__(self, bundle: ModelBundle, training: TrainingConfig, task: Objective) -> None:
         super().__init__(bundle, training)
         self.task = task
 
@@ -82,8 +82,12 @@ class PretrainingModule(TrainingModule):
         self.sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> torch.Tensor:
-        loss = self.task(self.model, batch).loss
+        output = self.task(self.model, batch)
+        loss = output.loss
         self.log("train_loss", loss, prog_bar=True, batch_size=1)
+        if len(output.terms) > 1:
+            for name, term in output.losses.items():
+                self.log(f"train_{name}_loss", term.detach(), batch_size=1)
         return loss
 
     def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:

@@ -11,7 +11,6 @@ import torch
 from anndata import AnnData
 from lightning import Trainer
 
-from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule
@@ -27,7 +26,9 @@ from scmodelforge.models.bundle import (
     read_checkpoint,
     save_bundle,
 )
-from scmodelforge.models.objectives import TrainingBatch
+from scmodelforge.models.objectives import build_objective
+from scmodelforge.models.objectives.batch import TrainingBatch
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData, prepare_data
 from scmodelforge.training.module import PretrainingModule, TrainingModule
@@ -112,13 +113,12 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
         bundle = ModelBundle(
             config, prepared.vocab, build_model(config, prepared.vocab, config.training.seed)
         )
-        tokenizer = registry.TOKENIZERS.load(config.tokenizer.strategy)(
-            config.tokenizer, config.data.preprocessing, prepared.vocab
-        )
-        task = registry.TASKS.load(config.model.pretraining_task)(config.tokenizer.masking, prepared.vocab)
+        tokenizer = build_tokenizer(config, prepared.vocab)
+        task = build_objective(config, prepared.vocab)
 
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> TrainingBatch:
-            return task.corrupt(tokenizer(cells), config.training.seed, epoch, batch_seed)
+            seed = config.training.seed
+            return task.corrupt(tokenizer(cells, seed, epoch), seed, epoch, batch_seed)
 
         module = PretrainingModule(bundle, config.training, task)
         _announce(bundle, prepared)

@@ -1,0 +1,188 @@
+"""Masked prediction on the bidirectional encoder: genes, values, or both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from scmodelforge.config import Config
+from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.random import below, philox, uniform
+from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.embeddings import MASKED_VALUE
+from scmodelforge.models.objectives.batch import LossTerm, ModelOutput, TrainingBatch
+from scmodelforge.models.objectives.expression import expression_terms, predicted_values
+from scmodelforge.models.objectives.metrics import (
+    BIN_SUMS,
+    GENE_SUMS,
+    VALUE_SUMS,
+    bin_metrics,
+    bin_sums,
+    gene_metrics,
+    gene_sums,
+    term_sums,
+    value_metrics,
+    value_sums,
+)
+from scmodelforge.tokenizers.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from scmodelforge.models.encoder import TransformerEncoder
+
+
+class MaskedPrediction:
+    """Say what is hidden (BERT's masked language model; Geneformer's and scGPT's pretraining).
+
+    `masked_gene_prediction` hides genes, `expression_reconstruction` values, `dual_prediction` both; the value is then
+    told given the true gene, so that the two losses are those of p(gene) · p(value | gene).
+
+    Of a cell's gene tokens `mask_ratio` are asked, each by its own draw. Of those, 80 % are masked, 10 % get a random
+    gene (the value of another token of the cell), and 10 % stay (shares in the config). In validation all that is
+    asked is masked, so no figure can be had by copying. Special tokens are neither hidden nor inserted, unless
+    `reference` asks for the published collator's way, in which only `<pad>` and `<mask>` are protected and the random
+    token may be any.
+    """
+
+    def __init__(self, config: Config, vocab: GeneVocab) -> None:
+        task = config.model.pretraining_task
+        self.config, self.vocab = config, vocab
+        self.masking = config.tokenizer.masking
+        self.asks_genes = task != "expression_reconstruction"
+        self.asks_values = task != "masked_gene_prediction"
+        self.hides_values = self.asks_values or config.tokenizer.strategy == "rank_value"
+        self.has_bins = self.asks_values and config.tokenizer.strategy == "binned_expression"
+        objective = config.model.objective
+        self.terms = (
+            *(["gene"] if self.asks_genes else []),
+            *(["expression"] if self.asks_values else []),
+            *(["nonzero"] if objective.zero_probability else []),
+            *(["cell_expression"] if objective.cell_weight else []),
+            *(["ecs"] if objective.ecs_weight else []),
+            *(["batch"] if objective.batch_weight else []),
+        )
+        self.sums = (
+            *(f"{name}_{part}" for name in self.terms for part in ("total", "count")),
+            *(GENE_SUMS if self.asks_genes else ()),
+            *(VALUE_SUMS if self.asks_values else ()),
+            *(BIN_SUMS if self.has_bins else ()),
+        )
+        known = np.ones(vocab.n_genes, dtype=bool) if vocab.medians is None else np.isfinite(vocab.medians)
+        # A gene that no cell brings would give itself away as inserted.
+        self.random_tokens = np.flatnonzero(known) + vocab.first_gene_token
+        if self.masking.reference:
+            self.random_tokens = np.arange(vocab.n_tokens)
+
+    def corrupt(self, tokens: TokenBatch, seed: int, epoch: int, batch_seed: int = 0) -> TrainingBatch:
+        """Hide tokens; a pure function of (seed, epoch, cell, position)."""
+        masking, vocab = self.masking, self.vocab
+        truth, values = tokens.input_ids.numpy(), tokens.values.numpy()
+        cell = tokens.cell_index.numpy()[:, None].astype(np.uint64)
+        choose, action, random_token, random_place = philox(
+            seed,
+            (cell & np.uint64(0xFFFFFFFF)).astype(np.uint32),
+            (cell >> np.uint64(32)).astype(np.uint32),
+            np.arange(truth.shape[1], dtype=np.uint32)[None, :],
+            np.uint32(epoch),
+        )
+        first = 0 if masking.reference else vocab.first_gene_token
+        allowed = truth >= first
+        if masking.reference:
+            allowed &= (truth != vocab.pad_id) & (truth != vocab.mask_id)
+        asked = allowed & (uniform(choose) < masking.mask_ratio)
+
+        drawn = uniform(action)
+        masked = asked & ((drawn < masking.mask_token_share) | (epoch == VALIDATION_EPOCH))
+        replaced = asked & ~masked & (drawn < masking.mask_token_share + masking.random_share)
+        shown_genes, shown_values = truth, values
+        if self.asks_genes:
+            shown_genes = np.where(masked, vocab.mask_id, truth)
+            inserted = self.random_tokens[below(random_token, len(self.random_tokens))]
+            shown_genes = np.where(replaced, inserted, shown_genes)
+        if self.hides_values:
+            shown_values = np.where(masked, np.float32(MASKED_VALUE), values)
+            place = below(random_place, np.maximum(tokens.lengths.numpy(), 1)[:, None])
+            other = np.take_along_axis(values, place, axis=1)
+            shown_values = np.where(replaced, other, shown_values)
+        positions = np.flatnonzero(asked)
+        return TrainingBatch(
+            tokens=replace(
+                tokens,
+                input_ids=torch.from_numpy(shown_genes),
+                values=torch.from_numpy(shown_values),
+            ),
+            asked=torch.from_numpy(positions),
+            genes=torch.from_numpy(truth.ravel()[positions]),
+            values=torch.from_numpy(values.ravel()[positions]),
+            n_tokens=int(tokens.lengths.sum()),
+            seed=batch_seed,
+        )
+
+    def __call__(self, model: TransformerEncoder, batch: TrainingBatch) -> ModelOutput:
+        """Mean cross-entropy of the genes and expression loss of the values, over the asked positions."""
+        objective = self.config.model.objective
+        hidden = model(batch.tokens)
+        logits = expression = None
+        terms: dict[str, LossTerm] = {}
+        if self.asks_genes:
+            logits = model.logits(hidden, batch.asked)
+            total = F.cross_entropy(logits.float(), batch.genes, reduction="sum")
+            terms["gene"] = LossTerm(total, len(batch.genes), objective.gene_weight)
+        if self.asks_values:
+            expression = model.expression(hidden, batch.asked, batch.genes, batch.tokens)
+            terms |= expression_terms(self.config, expression, batch.values)
+        if model.auxiliary is not None:
+            cells = model.pool(hidden, batch.tokens)
+            terms |= model.auxiliary.terms(cells, model.embedding.genes(batch.genes), batch)
+        return ModelOutput(hidden, logits, expression, terms)
+
+    def count(self, output: ModelOutput, batch: TrainingBatch) -> torch.Tensor:
+        """float64: the figures named in `sums`."""
+        parts = [term_sums(output, self.terms)]
+        if output.gene_logits is not None:
+            parts.append(gene_sums(output.gene_logits, batch.genes))
+        if output.expression is not None:
+            predicted = predicted_values(self.config, output.expression)
+            parts.append(value_sums(predicted, batch.values, batch.cell, batch.tokens.n_cells))
+            if self.has_bins:
+                parts.append(bin_sums(predicted, batch.values))
+        return torch.cat(parts)
+
+    def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        """Loss, perplexity, accuracies, errors and correlations; NaN where nothing was asked."""
+        named = dict(zip(self.sums, sums.tolist(), strict=True))
+        metrics = loss_metrics(self.config, self.terms, named)
+        if self.asks_genes:
+            metrics |= gene_metrics(named)
+        if self.asks_values:
+            metrics |= value_metrics(named)
+        if self.has_bins:
+            metrics |= bin_metrics(named)
+        return metrics
+
+
+def loss_metrics(config: Config, terms: tuple[str, ...], sums: dict[str, float]) -> dict[str, float]:
+    """The whole loss and, where there are several terms, each of them."""
+    weights = term_weights(config)
+    means = {
+        name: sums[f"{name}_total"] / sums[f"{name}_count"] if sums[f"{name}_count"] else float("nan")
+        for name in terms
+    }
+    loss = {"loss": sum(weights[name] * mean for name, mean in means.items())}
+    return loss | ({f"{name}_loss": mean for name, mean in means.items()} if len(terms) > 1 else {})
+
+
+def term_weights(config: Config) -> dict[str, float]:
+    """Weight of each loss term by its name."""
+    objective = config.model.objective
+    return {
+        "gene": objective.gene_weight,
+        "expression": objective.value_weight,
+        "nonzero": objective.value_weight,
+        "cell_expression": objective.cell_weight,
+        "ecs": objective.ecs_weight,
+        "batch": objective.batch_weight,
+    }

@@ -1,0 +1,37 @@
+"""What every tokenizer is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pandas as pd
+
+from scmodelforge import registry
+from scmodelforge.config import Config
+from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.tokenizers.batch import TokenBatch
+
+
+class Tokenizer(Protocol):
+    """Turns cells into tokens; made from the config and the vocabulary."""
+
+    def __init__(self, config: Config, vocab: GeneVocab) -> None: ...
+
+    def __call__(self, cells: CellBatch, seed: int = 0, epoch: int = VALIDATION_EPOCH) -> TokenBatch:
+        """Tokenize cells; random choices are a function of (seed, epoch, cell).
+
+        Outside of training `epoch` stays as it is, so that a cell always becomes the same tokens.
+        """
+        ...
+
+    def explain(self, cells: CellBatch) -> pd.DataFrame:
+        """What the first cell of `cells` becomes, one row a token."""
+        ...
+
+
+def build_tokenizer(config: Config, vocab: GeneVocab) -> Tokenizer:
+    """The tokenizer that a config names."""
+    strategy: type[Tokenizer] = registry.TOKENIZERS.load(config.tokenizer.strategy)
+    return strategy(config, vocab)
