@@ -15,6 +15,7 @@ import typer
 from scmodelforge.cli import app
 from scmodelforge.config import Config, Section
 from scmodelforge.config_io import load_config
+from scmodelforge.strategies import TABLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -92,3 +93,21 @@ def test_links_between_pages_work() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).is_file(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_what_fits_together_is_that_of_the_code() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", (ROOT / "docs/models.md").read_text("utf-8"), re.M
+    )
+    written = {
+        (tokenizer, architecture): set(re.findall(r"`(\w+)`", tasks))
+        for tokenizer, architecture, tasks in rows
+    }
+    assert written == {
+        (tokenizer, architecture): {
+            row.task
+            for row in TABLE.values()
+            if row.allowed and (row.tokenizer, row.architecture) == (tokenizer, architecture)
+        }
+        for tokenizer, architecture, _ in TABLE
+    }

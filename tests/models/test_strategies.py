@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scanpy
 import torch
-
 from examples.quickstart import counts_from_log_normalized
+
 from scmodelforge.config import Config
 from scmodelforge.config_io import parse_config
 from scmodelforge.data.batch import CellBatch
