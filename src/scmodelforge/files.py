@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,28 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends without an error; else it is removed.
+
+    Raises
+    ------
+    UserError
+        If `target` exists and is not an empty folder, or its parent cannot be created or written.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"'{target}' exists already and is not empty. Choose another output folder.")
+    parent = ensure_writable(target.absolute().parent)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=parent) as outer:
+        temporary = Path(outer) / target.name
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        shutil.move(temporary, target)
 
 
 def write_text(target: str | Path, text: str) -> None:

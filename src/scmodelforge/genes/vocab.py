@@ -219,7 +219,7 @@ class GeneVocab:
             gene_ids=ids,
             symbols=text["symbol"],
             biotypes=text["biotype"],
-            species=metadata.get("species") or _species_of(ids),
+            species=metadata.get("species") or species_of(ids),
             medians=frame["median"].to_numpy() if "median" in frame else None,
             special_tokens=tuple(json.loads(special)) if special else VOCAB_LAYOUTS["geneformer_v2"],
             name=metadata.get("name", path.stem),
@@ -390,7 +390,7 @@ def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVo
         ids,
         union.symbol.to_numpy(object),
         biotypes.fillna("").to_numpy(object),
-        _species_of(ids),
+        species_of(ids),
         name="from_data",
     )
     n_known, n_files = int(biotypes.notna().sum()), len(var_frames)
@@ -399,7 +399,7 @@ def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVo
     return vocab
 
 
-def _species_of(ids: np.ndarray) -> str:
+def species_of(ids: np.ndarray) -> str:
     """Species of Ensembl ids; "unknown" if there are none of human and mouse, or of both."""
     text = pd.Series(ids)
     present = [s for s in SPECIES if text.str.startswith(ID_PREFIX[s]).any()]

@@ -205,13 +205,19 @@ def bundle_from_checkpoint(checkpoint: dict[str, Any], where: str) -> ModelBundl
     state = checkpoint["state_dict"]
     if config.finetune.lora.enabled and labels:
         state = _merge_lora(state, config.finetune.lora.alpha / config.finetune.lora.rank)
-    return _assemble(config, GeneVocab.from_plain(plain["vocab"]), labels or None, state, where)
+    return assemble(config, GeneVocab.from_plain(plain["vocab"]), labels or None, state, where)
 
 
-def _assemble(
+def assemble(
     config: Config, vocab: GeneVocab, labels: Labels | None, state: dict[str, torch.Tensor], where: str
 ) -> ModelBundle:
-    """Build model and head and load `state`, whose keys begin with "model." or "head."."""
+    """Build model and head and load `state`, whose keys begin with "model." or "head."; in evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        If a tensor is missing, left over or misshapen; they are named.
+    """
     with torch.device("meta"):
         model = build_model(config, vocab)
         head = build_head(config, labels) if labels else None
@@ -258,7 +264,16 @@ def load_model(path: str | Path) -> ModelBundle:
             f"The model folder '{path}' is damaged: genes.parquet is not the vocabulary that the weights in "
             "model.safetensors belong to. Take both files from the same model."
         )
-    return _assemble(config, vocab, labels, state, str(path))
+    return assemble(config, vocab, labels, state, str(path))
+
+
+def with_gene_width_of(config: Config, have: Config) -> Config:
+    """`config` with the width of gene vectors that `have` took from their file, where `config` leaves it open."""
+    model = config.model
+    if model.gene_embeddings is None or model.gene_embedding_dim is not None:
+        return config
+    model = model.model_copy(update={"gene_embedding_dim": have.model.gene_embedding_dim})
+    return config.model_copy(update={"model": model})
 
 
 def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
@@ -270,6 +285,7 @@ def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
         If the config asks for something else; the differences are listed.
     """
     have = bundle.config
+    config = with_gene_width_of(config, have)
     problems = [
         *differences(config.tokenizer, have.tokenizer, "tokenizer"),
         *differences(config.model, have.model, "model"),
