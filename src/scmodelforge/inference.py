@@ -31,6 +31,7 @@ from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_mod
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.base import Tokenizer, build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.training.data import obs_categories
 
 log = logging.getLogger(__name__)
 
@@ -106,13 +107,14 @@ def embed_store(
             vectors = model.encode(tokens.to(device), pooling)
             embeddings[done : done + tokens.n_cells] = vectors.float().cpu().numpy()
             done += tokens.n_cells
-            n_empty += _n_empty(tokens)
+            n_empty += _n_empty(bundle, tokens)
     _warn_of_empty(n_empty, "embedding")
     return embeddings
 
 
-def _n_empty(tokens: TokenBatch) -> int:
-    return int((~(tokens.values > 0).any(dim=1)).sum())
+def _n_empty(bundle: ModelBundle, tokens: TokenBatch) -> int:
+    expressed = (tokens.values > 0) & (tokens.input_ids >= bundle.vocab.first_gene_token)
+    return int((~expressed.any(dim=1)).sum())
 
 
 def _warn_of_empty(n_cells: int, what: str) -> None:
@@ -150,7 +152,7 @@ def predict_store(
             if labels.task == "classification":
                 prediction = prediction.softmax(dim=1)
             outputs[tokens.cell_index.numpy()] = prediction.cpu().numpy()
-            n_empty += _n_empty(tokens)
+            n_empty += _n_empty(bundle, tokens)
     _warn_of_empty(n_empty, "label")
     name = f"scmodelforge_{labels.key}"
     if labels.task == "regression":
@@ -296,13 +298,14 @@ def tokens(
     cell
         Row number, or name in `obs_names`.
     model
-        Use this model's vocabulary and tokenizer; None: those of `config`, where medians that would come
-        from training cells are not known yet, so genes are ranked by normalized counts alone.
+        Use this model's vocabulary and tokenizer; None: those of `config`. What would come from training cells
+        is not known then: genes are ranked by normalized counts alone where medians would be measured, and the
+        categories of obs columns are those of `data`.
 
     Raises
     ------
     DataError
-        If there is no such cell, or the data cannot be used.
+        If there is no such cell or obs column, or the data cannot be used.
     """
     config = config or Config()
     if model is not None:
@@ -313,15 +316,18 @@ def tokens(
             config.data.gene_vocab, [open_matrix(data, config.data.layer).var], config.data.gene_column
         )
         vocab = vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
-        if config.tokenizer.gene_medians == "from_data":
+        medians = config.tokenizer.gene_medians
+        if config.tokenizer.strategy != "rank_value" or medians == "none":
+            vocab = vocab.with_medians(None)
+        elif medians == "from_data":
             log.warning(
                 "No model is given, so gene medians are unknown: genes are ranked by normalized counts."
             )
-        elif config.tokenizer.gene_medians == "none":
-            vocab = vocab.with_medians(None)
         else:
-            vocab = vocab.with_medians(read_medians(config.tokenizer.gene_medians, vocab))
+            vocab = vocab.with_medians(read_medians(medians, vocab))
         store = open_store([data], vocab, config.data)
+        store.obs_categories = obs_categories(store.obs, config.obs_columns)
+        vocab = vocab.with_obs_categories(store.obs_categories)
         tokenizer = build_tokenizer(config, vocab)
     names = store.obs.index
     if isinstance(cell, str) and cell in names:

@@ -51,6 +51,8 @@ class CheckReport:
         Columns whose gene another column has as well; their counts are summed.
     n_empty, n_without_genes
         Cells without any count, and cells without a count on a gene of the vocabulary.
+    n_vocabulary
+        Genes of the vocabulary.
     genes_per_cell, library_size
         Quantiles over the cells: vocabulary genes with a count, and counts over all genes.
     columns
@@ -71,6 +73,7 @@ class CheckReport:
     n_duplicates: int
     n_empty: int
     n_without_genes: int
+    n_vocabulary: int
     genes_per_cell: dict[str, float]
     library_size: dict[str, float]
     columns: dict[str, dict[str, int]]
@@ -92,8 +95,12 @@ class CheckReport:
         if tokenizer is not None:
             special = tokenizer.prepend_cls + tokenizer.append_eos
             longest = tokenizer.max_genes
-            tokens = {name: min(genes + special, longest) for name, genes in self.genes_per_cell.items()}
-            out += [f"  tokens per cell, at most {longest:,}: {_quantile_text(tokens)}"]
+            if tokenizer.include_zero_genes and tokenizer.strategy != "rank_value":
+                n = min(self.n_vocabulary + special, longest)
+                out += [f"  tokens per cell, at most {longest:,}: {n:,}, with the genes without a count"]
+            else:
+                tokens = {name: min(n + special, longest) for name, n in self.genes_per_cell.items()}
+                out += [f"  tokens per cell, at most {longest:,}: {_quantile_text(tokens)}"]
         out += [f"  library size (all genes):  {_quantile_text(self.library_size)}"]
         if self.n_empty:
             out.append(f"  {self.n_empty:,} cells have no count at all")
@@ -177,6 +184,7 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         n_duplicates=match.n_duplicates,
         n_empty=int((cells.library == 0).sum()),
         n_without_genes=int((cells.n_genes == 0).sum()),
+        n_vocabulary=vocab.n_genes,
         genes_per_cell=_quantiles(cells.n_genes),
         library_size=_quantiles(cells.library),
         columns=columns,

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import torch
 
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.explain import explain_tokens, of_first_cell
+from scmodelforge.tokenizers.gene_sequence import n_special, position_in_cell, token_batch
 
 
 class RankValueTokenizer:
@@ -54,71 +55,31 @@ class RankValueTokenizer:
         if not usable.all():
             row, genes, normalized = row[usable], genes[usable], normalized[usable]
         n_genes = np.bincount(row, minlength=n_cells)
-        column = np.arange(len(row)) - np.repeat(np.cumsum(n_genes) - n_genes, n_genes)
-
+        start = np.cumsum(n_genes) - n_genes
         width = int(n_genes.max(initial=0))
         key = np.full((n_cells, width), np.inf)
-        key[row, column] = -(normalized * self.inverse_median[genes])
-        n_special = int(config.prepend_cls) + int(config.append_eos)
-        n_kept = min(width, config.max_genes - n_special)
+        key[row, position_in_cell(row)] = -(normalized * self.inverse_median[genes])
+        n_kept = min(width, config.max_genes - n_special(config))
         order = np.argsort(key, axis=1, kind="stable")[:, :n_kept]
-
-        tokens = np.full((n_cells, width), vocab.pad_id, dtype=np.int64)
-        tokens[row, column] = genes + vocab.first_gene_token
-        values = np.zeros((n_cells, width), dtype=np.float32)
-        values[row, column] = np.log1p(normalized) if self.log1p else normalized
-
-        start = int(config.prepend_cls)
-        lengths = np.minimum(n_genes, n_kept) + n_special
-        length = max(n_kept + n_special, 1)  # a batch of empty cells still has a position
-        input_ids = np.full((n_cells, length), vocab.pad_id, dtype=np.int64)
-        expression = np.zeros(input_ids.shape, dtype=np.float32)
-        input_ids[:, start : start + n_kept] = np.take_along_axis(tokens, order, axis=1)
-        expression[:, start : start + n_kept] = np.take_along_axis(values, order, axis=1)
-        if vocab.cls_id is not None and config.prepend_cls:
-            input_ids[:, 0] = vocab.cls_id
-        if vocab.eos_id is not None and config.append_eos:
-            input_ids[np.arange(n_cells), lengths - 1] = vocab.eos_id
-        return TokenBatch(
-            input_ids=torch.from_numpy(input_ids),
-            values=torch.from_numpy(expression),
-            lengths=torch.from_numpy(lengths.astype(np.int64)),
-            cell_index=torch.from_numpy(cells.cell_index),
-            has_padding=bool((lengths < input_ids.shape[1]).any()),
-            obs=None if cells.obs is None else torch.from_numpy(cells.obs),
-        )
+        kept = (start[:, None] + order)[np.arange(n_kept) < n_genes[:, None]]
+        values = np.log1p(normalized[kept]) if self.log1p else normalized[kept]
+        return token_batch(cells, config, vocab, row[kept], genes[kept], values)
 
     def explain(self, cells: CellBatch) -> pd.DataFrame:
         """What the first cell of `cells` becomes, one row a token.
 
         Returns
         -------
-        DataFrame with columns position, token, name, gene_id, counts, normalized (counts per target sum),
-        median and scaled (the value that is ranked); empty at special tokens.
+        DataFrame as of `explain_tokens`, with normalized (counts per target sum), median and scaled (the value
+        that is ranked).
         """
-        batch = self(cells)
-        length = int(batch.lengths[0])
-        token = batch.input_ids[0, :length].numpy()
-        gene = token - self.vocab.first_gene_token
-        is_gene = gene >= 0
-        first = slice(cells.indptr[0], cells.indptr[1])
-        counts = np.full(self.vocab.n_genes, np.nan)
-        counts[cells.gene_ids[first]] = cells.counts[first]
-        normalized = np.full(self.vocab.n_genes, np.nan)
-        normalized[cells.gene_ids[first]] = self._normalize(cells, np.repeat(0, cells.indptr[-1]))[first]
-
-        def of_gene(per_gene: np.ndarray) -> np.ndarray:
-            return np.where(is_gene, per_gene[np.maximum(gene, 0)], np.nan)
-
-        table = pd.DataFrame(
-            {
-                "position": np.arange(length),
-                "token": token,
-                "name": self.vocab.tokens_to_names(token),
-                "gene_id": np.where(is_gene, self.vocab.gene_ids[np.maximum(gene, 0)], ""),
-                "counts": of_gene(counts),
-                "normalized": of_gene(normalized),
-                "median": of_gene(1.0 / self.inverse_median),
-            }
+        normalized = self._normalize(cells, np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell))
+        table = explain_tokens(
+            self(cells),
+            cells,
+            self.config,
+            self.vocab,
+            normalized=of_first_cell(cells, normalized, self.vocab),
+            median=1.0 / self.inverse_median,
         )
         return table.assign(scaled=table["normalized"] / table["median"])

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 
 from scmodelforge.config import Config
@@ -109,7 +110,8 @@ def prepare_data(
             prepared, store=open_store(sources, vocab, config.data, selected_genes=True), vocab=vocab
         )
     if config.obs_columns:
-        vocab = vocab.with_obs_categories(_categories(prepared, config.obs_columns))
+        training_cells = prepared.store.obs.iloc[prepared.train_rows]
+        vocab = vocab.with_obs_categories(obs_categories(training_cells, config.obs_columns))
         prepared = replace(prepared, vocab=vocab)
         prepared.store.obs_categories = vocab.obs_categories
     if config.tokenizer.gene_medians == "none" or config.tokenizer.strategy != "rank_value":
@@ -138,25 +140,21 @@ def prepare_data(
     return replace(prepared, vocab=prepared.vocab.with_medians(medians))
 
 
-def _categories(prepared: TrainingData, columns: tuple[str, ...]) -> dict[str, list[str]]:
-    """The categories of obs columns among the training cells, ascending.
+def obs_categories(obs: pd.DataFrame, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The categories of obs columns, ascending.
 
     Raises
     ------
     DataError
-        If a column is in no file.
+        If there is no such column.
     """
-    obs = prepared.store.obs
     for column in columns:
         if column not in obs:
             raise DataError(
                 f"tokenizer.obs_tokens and model.objective.batch_key name the obs column '{column}', which no file "
                 f"has; there are: {', '.join(map(str, obs.columns[:20])) or 'none'}."
             )
-    return {
-        column: sorted(obs[column].iloc[prepared.train_rows].dropna().astype(str).unique())
-        for column in columns
-    }
+    return {column: tuple(sorted(obs[column].dropna().astype(str).unique())) for column in columns}
 
 
 def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:

@@ -1,0 +1,142 @@
+"""What the tokenizers share: which genes of a cell stay, in which order, and how they become a `TokenBatch`.
+
+Genes of all cells are handled as flat entries (row, gene, value), cell after cell; no loop over cells. What is random
+is a function of (seed, epoch, cell, gene).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from scmodelforge.config import Preprocessing, TokenizerConfig
+from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.preprocess import normalized
+from scmodelforge.data.random import LOW, WORD, philox
+from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.tokenizers.batch import TokenBatch
+
+# The purpose of a draw is in the high half of the key, so that no two of them share their bits.
+ORDER, SAMPLE, TIES = (int.from_bytes(name, "big") << 32 for name in (b"orde", b"samp", b"ties"))
+
+
+def expression(cells: CellBatch, preprocessing: Preprocessing) -> np.ndarray:
+    """float64 (nnz): counts as `data.preprocessing` says, normalized or not, logarithms or not."""
+    values = normalized(cells, preprocessing.target_sum, preprocessing.normalize)
+    return np.log1p(values) if preprocessing.log1p else values
+
+
+def draw(purpose: int, seed: int, epoch: int, cell: np.ndarray, gene: np.ndarray) -> np.ndarray:
+    """uint32 random bits for each pair of a cell (global row) and a gene (row of the vocabulary)."""
+    cell = cell.astype(np.uint64)
+    return philox(seed ^ purpose, cell & LOW, cell >> WORD, gene, epoch)[0]
+
+
+def gene_tokens(
+    cells: CellBatch,
+    expressed: np.ndarray,
+    carried: np.ndarray,
+    config: TokenizerConfig,
+    vocab: GeneVocab,
+    seed: int,
+    epoch: int,
+    zeros_last: bool,
+) -> TokenBatch:
+    """Sequences of genes with values, by `gene_order`, `overlong` and `include_zero_genes`.
+
+    Parameters
+    ----------
+    cells
+        The cells.
+    expressed
+        float (nnz): what `gene_order: value` sorts by.
+    carried
+        float (nnz): what the model reads beside each gene.
+    config, vocab
+        Of the tokenizer.
+    seed, epoch
+        For what is random.
+    zeros_last
+        Genes without a count follow all others, and fill what room these leave; else all genes of a cell are one
+        list.
+    """
+    row, gene = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell), cells.gene_ids
+    if config.include_zero_genes:
+        place = row * vocab.n_genes + gene
+        row, gene = (each.ravel() for each in np.indices((cells.n_cells, vocab.n_genes)))
+        expressed, carried = _scatter(place, expressed, len(row)), _scatter(place, carried, len(row))
+    without_count = expressed == 0 if zeros_last else np.zeros(len(row), dtype=bool)
+    cell = cells.cell_index[row]
+    room = config.max_genes - n_special(config)
+
+    kept = np.arange(len(row))
+    too_long = np.bincount(row, minlength=cells.n_cells)[row] > room
+    if config.overlong == "sample" and config.gene_order != "random" and too_long.any():
+        long = np.flatnonzero(too_long)  # the first of a random order are a sample already
+        by_chance = draw(SAMPLE, seed, epoch, cell[long], gene[long])
+        chosen = _first(room, row[long], np.lexsort((by_chance, without_count[long], row[long])))
+        kept = np.sort(np.concatenate([np.flatnonzero(~too_long), long[chosen]]))
+
+    keys = [without_count[kept], row[kept]]
+    if config.gene_order == "random":
+        keys.insert(0, draw(ORDER, seed, epoch, cell[kept], gene[kept]))
+    elif config.gene_order == "value":
+        keys.insert(0, -expressed[kept])
+    if len(keys) > 2 or without_count.any():
+        kept = kept[np.lexsort(keys)]  # stable: what is equal stays in the order of the vocabulary
+    kept = kept[_first(room, row[kept], np.arange(len(kept)))]
+    return token_batch(cells, config, vocab, row[kept], gene[kept], carried[kept])
+
+
+def _scatter(place: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    dense = np.zeros(size, dtype=values.dtype)
+    dense[place] = values
+    return dense
+
+
+def _first(n: int, row: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Of entries taken in an order that keeps cells together: the first `n` of each cell."""
+    return order[position_in_cell(row[order]) < n]
+
+
+def position_in_cell(row: np.ndarray) -> np.ndarray:
+    """int64: place of each entry within its cell, for ascending `row`."""
+    n = np.bincount(row)
+    return np.arange(len(row)) - np.repeat(np.cumsum(n) - n, n)
+
+
+def n_special(config: TokenizerConfig) -> int:
+    """Special tokens that each cell gets."""
+    return int(config.prepend_cls) + int(config.append_eos)
+
+
+def token_batch(
+    cells: CellBatch,
+    config: TokenizerConfig,
+    vocab: GeneVocab,
+    row: np.ndarray,
+    gene: np.ndarray,
+    values: np.ndarray,
+) -> TokenBatch:
+    """Tokens of genes that are chosen and in order (ascending `row`), with `<cls>`, `<eos>` and pads."""
+    n_cells, start = cells.n_cells, int(config.prepend_cls)
+    lengths = np.bincount(row, minlength=n_cells) + n_special(config)
+    length = max(int(lengths.max(initial=0)), 1)  # a batch of empty cells still has a position
+    input_ids = np.full((n_cells, length), vocab.pad_id, dtype=np.int64)
+    carried = np.zeros(input_ids.shape, dtype=np.float32)
+    place = start + position_in_cell(row)
+    input_ids[row, place] = gene + vocab.first_gene_token
+    carried[row, place] = values
+    if config.prepend_cls and vocab.cls_id is not None:
+        input_ids[:, 0] = vocab.cls_id
+        carried[:, 0] = config.cls_value
+    if config.append_eos and vocab.eos_id is not None:
+        input_ids[np.arange(n_cells), lengths - 1] = vocab.eos_id
+    return TokenBatch(
+        input_ids=torch.from_numpy(input_ids),
+        values=torch.from_numpy(carried),
+        lengths=torch.from_numpy(lengths.astype(np.int64)),
+        cell_index=torch.from_numpy(cells.cell_index),
+        has_padding=bool((lengths < length).any()),
+        obs=None if cells.obs is None else torch.from_numpy(cells.obs),
+    )
