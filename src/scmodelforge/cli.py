@@ -231,6 +231,46 @@ def init(
     print(f"{output} is ready; start with: scmodelforge train --config {output}")
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder with the published files.")],
+    family: Annotated[str, typer.Option("--from", help="geneformer, scgpt or transcriptformer.")],
+    output: Annotated[Path, typer.Option("--output", help="Model folder to write.")],
+    dictionaries: Annotated[
+        Path | None, typer.Option("--dictionaries", help="Geneformer: folder with its dictionaries.")
+    ] = None,
+) -> None:
+    """Turn published weights into a model folder."""
+    from scmodelforge.files import new_folder
+    from scmodelforge.genes.tables import known_genes
+    from scmodelforge.models.bundle import save_bundle
+    from scmodelforge.models.published import import_model
+
+    with new_folder(output) as temporary:
+        bundle = import_model(family, folder, dictionaries)
+        save_bundle(bundle, temporary, f"Imported from {family}: {folder}")
+    vocab, model = bundle.vocab, bundle.config.model
+    n_known = int(known_genes().index.isin(vocab.gene_ids).sum())
+    print(f"{vocab.n_genes:,} genes ({vocab.species}), {n_known:,} of them in the gene tables")
+    print(
+        f"{bundle.n_parameters:,} parameters: {model.architecture}, {model.num_layers} × {model.hidden_dim}"
+    )
+    print(f"Model folder: {output}")
+
+
+@app.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
+    model: ModelOption,
+    to: Annotated[str, typer.Option("--to", help="huggingface-bert, scgpt or transcriptformer.")],
+) -> None:
+    """Write a model as the authors of its family do."""
+    from scmodelforge.models.bundle import load_model
+    from scmodelforge.models.published import export_model
+
+    print(f"Written: {export_model(load_model(model), to, folder)}")
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of config files, for editors."""

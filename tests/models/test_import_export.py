@@ -1,0 +1,210 @@
+"""Published folders become models of ours and are written again; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scmodelforge.errors import ModelError, UserError
+from scmodelforge.models.bundle import load_model, save_bundle
+from scmodelforge.models.published import export_model, import_model
+from scmodelforge.models.published.geneformer import TOKEN_TYPES
+from scmodelforge.models.published.reading import read_pickle
+from scmodelforge.tokenizers.base import build_tokenizer
+from scmodelforge.tokenizers.batch import TokenBatch
+from tests.helpers import make_cells, marker_cells
+from tests.journeys.command import done, refused
+from tests.models.published_files import GENES, SPECIALS, geneformer_folder
+
+transformers = pytest.importorskip("transformers", reason="needs the dev extra (transformers)")
+
+COUNTS = marker_cells(6, seed=5).X.toarray()
+RANKS = "bert.embeddings.position_embeddings.weight"
+
+
+def bert_logits(bert: torch.nn.Module, tokens: TokenBatch) -> torch.Tensor:
+    with torch.no_grad():
+        logits = bert(tokens.input_ids, attention_mask=tokens.attention_mask.long()).logits
+    return logits[tokens.attention_mask]
+
+
+def our_logits(bundle, tokens: TokenBatch) -> torch.Tensor:
+    with torch.no_grad():
+        hidden = bundle.model(tokens)
+        return bundle.model.head(hidden, bundle.model.embedding.tokens)[tokens.attention_mask]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_geneformer_says_what_bert_says(tmp_path: Path, version: str, weights: str) -> None:
+    bert = geneformer_folder(tmp_path / "published", version, weights=weights)
+    bundle = import_model("geneformer", tmp_path / "published")
+    vocab, config = bundle.vocab, bundle.config
+    assert list(vocab.special_tokens) == SPECIALS[version]
+    assert list(vocab.gene_ids) == GENES
+    assert vocab.first_gene_token == len(SPECIALS[version])
+    np.testing.assert_array_equal(vocab.medians, 0.5 + np.arange(40) / 10)
+    assert set(vocab.symbols[:2]) <= {"SYM0", "SYM1", "TSPAN6", "TNMD"}
+    assert vocab.species == "human"
+    assert config.tokenizer.prepend_cls is config.tokenizer.append_eos is (version == "v2")
+    assert config.model.pooling == ("cls" if version == "v2" else "mean")
+    assert not bundle.model.training
+    tokens = build_tokenizer(config, vocab)(make_cells(COUNTS))
+    torch.testing.assert_close(our_logits(bundle, tokens), bert_logits(bert, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_dictionaries_may_lie_elsewhere_and_must_be_unique(tmp_path: Path) -> None:
+    there = tmp_path / "dictionaries"
+    geneformer_folder(tmp_path / "published", dictionaries=there)
+    with pytest.raises(ModelError, match="--dictionaries"):
+        import_model("geneformer", tmp_path / "published")
+    assert import_model("geneformer", tmp_path / "published", there).vocab.n_genes == 40
+    (there / "token_dictionary_gc30M.pkl").write_bytes((there / "token_dictionary_gc104M.pkl").read_bytes())
+    with pytest.raises(ModelError, match="holds several"):
+        import_model("geneformer", tmp_path / "published", there)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    bert = geneformer_folder(tmp_path / "published")
+    bundle = import_model("geneformer", tmp_path / "published")
+    return export_model(bundle, "huggingface-bert", tmp_path / "exported"), bert
+
+
+def test_transformers_reads_what_is_exported(exported, tmp_path: Path) -> None:
+    folder, bert = exported
+    back, info = transformers.BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    bundle = import_model("geneformer", tmp_path / "published")
+    tokens = build_tokenizer(bundle.config, bundle.vocab)(make_cells(COUNTS))
+    torch.testing.assert_close(
+        bert_logits(back.eval(), tokens), bert_logits(bert, tokens), atol=1e-5, rtol=1e-5
+    )
+    table = json.loads((folder / "token_dictionary.json").read_text())
+    assert table == {name: token for token, name in enumerate([*SPECIALS["v2"], *GENES])}
+
+
+def test_every_tensor_makes_the_round_trip(exported, tmp_path: Path) -> None:
+    """All but the token types, which are folded into the ranks: those are the sum of the two."""
+    folder, _ = exported
+    before = load_file(tmp_path / "published" / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before.keys() - {RANKS, TOKEN_TYPES}:
+        assert torch.equal(before[name], after[name]), name
+    assert torch.equal(after[RANKS], before[RANKS] + before[TOKEN_TYPES][0])
+    assert not after[TOKEN_TYPES].any()
+    again = export_model(import_model("geneformer", folder), "huggingface-bert", tmp_path / "again")
+    for file in sorted(path.name for path in folder.iterdir()):
+        assert (folder / file).read_bytes() == (again / file).read_bytes(), file
+
+
+def test_a_saved_import_is_the_same_model(tmp_path: Path) -> None:
+    geneformer_folder(tmp_path / "published")
+    bundle = import_model("geneformer", tmp_path / "published")
+    loaded = load_model(save_bundle(bundle, tmp_path / "model"))
+    assert loaded.config == bundle.config
+    assert loaded.vocab.fingerprint == bundle.vocab.fingerprint
+    for name, tensor in bundle.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name])
+
+
+def changed_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without_a_tensor(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    save_file(state, folder / "model.safetensors")
+
+
+def untied(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"] + 1
+    save_file(state, folder / "model.safetensors")
+
+
+def dictionary(folder: Path, stem: str, **changes: object) -> None:
+    path = folder / f"{stem}_gc104M.pkl"
+    path.write_bytes(pickle.dumps(read_pickle(path) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_tensor, r"missing: \['bert.encoder.layer.1.output.dense.bias'\]"),
+        (untied, "is not equal"),
+        (lambda f: changed_json(f / "config.json", num_hidden_layers=1), "left over"),
+        (lambda f: changed_json(f / "config.json", intermediate_size=32), "shape"),
+        (lambda f: changed_json(f / "config.json", hidden_act="silu"), "silu"),
+        (lambda f: changed_json(f / "config.json", position_embedding_type="relative_key"), "relative_key"),
+        (
+            lambda f: changed_json(f / "config.json", architectures=["BertForSequenceClassification"]),
+            "fine-tuned",
+        ),
+        (lambda f: changed_json(f / "config.json", vocab_size=99), "different models"),
+        (lambda f: changed_json(f / "config.json", model_type="llama"), "BERT"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "safetensors"),
+        (lambda f: (f / "gene_median_dictionary_gc104M.pkl").unlink(), "medians"),
+        (lambda f: dictionary(f, "token_dictionary", ENSGX=99), "without gaps"),
+        (lambda f: dictionary(f, "token_dictionary", **{"<odd>": 44}), "special tokens"),
+        (lambda f: dictionary(f, "gene_median_dictionary", ENSG00000000003=0.0), "positive"),
+        (lambda f: dictionary(f, "gene_median_dictionary", ENSG00000000003="x"), "number"),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_refused_and_nothing_written(
+    tmp_path: Path, damage, message: str
+) -> None:
+    geneformer_folder(tmp_path / "published")
+    damage(tmp_path / "published")
+    with pytest.raises(ModelError, match=message):
+        import_model("geneformer", tmp_path / "published")
+    refused("import", "--from", "geneformer", tmp_path / "published", "--output", tmp_path / "new", words=())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published"]
+
+
+def test_a_folder_of_another_family_is_recognised(tmp_path: Path) -> None:
+    geneformer_folder(tmp_path / "published")
+    scgpt = tmp_path / "scgpt"
+    scgpt.mkdir()
+    for name in ("args.json", "vocab.json"):
+        (scgpt / name).write_text("{}")
+    ours = save_bundle(import_model("geneformer", tmp_path / "published"), tmp_path / "ours")
+    for folder, family, words in (
+        (scgpt, "geneformer", "scGPT"),
+        (tmp_path / "published", "scgpt", "BERT"),
+        (tmp_path / "published", "transcriptformer", "--from geneformer"),
+        (ours, "geneformer", "needs no import"),
+        (tmp_path / "missing", "geneformer", "not a folder"),
+        (scgpt, "scvi", "geneformer, scgpt, transcriptformer"),
+    ):
+        with pytest.raises(UserError, match=words):
+            import_model(family, folder)
+
+
+def test_the_commands_import_and_export(tmp_path: Path) -> None:
+    geneformer_folder(tmp_path / "published")
+    model, out = tmp_path / "model", tmp_path / "out"
+    answer = done("import", "--from", "geneformer", tmp_path / "published", "--output", model)
+    assert "40 genes" in answer.out
+    assert f"{load_model(model).n_parameters:,} parameters" in answer.out
+    done("export", "--model", model, "--to", "huggingface-bert", out)
+    assert (out / "model.safetensors").is_file()
+    refused("export", "--model", model, "--to", "huggingface-bert", out, words=("not empty",))
+    refused("export", "--model", model, "--to", "onnx", tmp_path / "x", words=("huggingface-bert",))
+    refused("import", "--from", "geneformer", tmp_path / "published", "--output", model, words=("not empty",))
+
+
+def test_a_model_that_is_no_bert_is_not_exported(pretrained, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.norm is 'pre', not 'post'"):
+        export_model(pretrained.model, "huggingface-bert", tmp_path / "out")
+    assert not any(tmp_path.iterdir())
