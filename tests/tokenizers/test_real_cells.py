@@ -1,4 +1,4 @@
-"""Tokens of real cells against the published tokenizer's steps, written with scipy on the whole file."""
+"""Tokens of real cells against the steps of the published tokenizers, written with scipy on the whole file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+import scanpy as sc
 from scipy import sparse
+from scipy.stats import spearmanr
 
-from scmodelforge.config import DataConfig, Preprocessing, TokenizerConfig
+from scmodelforge.config import Config, DataConfig, Preprocessing, TokenizerConfig
 from scmodelforge.data.preprocess import gene_medians
 from scmodelforge.data.store import open_store
 from scmodelforge.genes.vocab import predefined
+from scmodelforge.tokenizers.base import build_tokenizer
+from scmodelforge.tokenizers.binned_expression import values_of_bins
 from tests.helpers import rank_tokenizer
 
 CELLS = np.arange(0, 2700, 67)
@@ -53,3 +57,61 @@ def test_tokens_of_pbmc3k(real_data: Path, max_genes: int) -> None:
             [value_of[g] for g in got.tolist()], [value_of[g] for g in expected.tolist()], rtol=1e-12
         )
         assert (got == expected).mean() > 0.95
+
+
+def test_bins_of_pbmc3k(real_data: Path) -> None:
+    """scGPT's steps on the whole file: normalize, log1p, quantiles of each cell's non-zeros, digitize."""
+    adata = anndata.read_h5ad(real_data / "pbmc3k.h5ad")[CELLS].copy()
+    vocab = predefined("human_protein_coding")
+    store = open_store([adata], vocab, DataConfig())
+    config = Config.model_validate({"tokenizer": {"strategy": "binned_expression", "max_genes": 4096}})
+    batch = build_tokenizer(config, vocab)(store.read(np.arange(len(CELLS))))
+    sc.pp.normalize_total(adata, 10_000)
+    sc.pp.log1p(adata)
+    column_gene = store.matches[0].gene_index
+    n_columns = np.bincount(column_gene[column_gene >= 0], minlength=vocab.n_genes)
+    values = adata.X.toarray().astype(np.float64)
+    for i in range(len(CELLS)):
+        length = int(batch.lengths[i])
+        genes = batch.input_ids[i, 1:length].numpy() - vocab.first_gene_token
+        assert (np.diff(genes) > 0).all()
+        bins = batch.values[i, 1:length].numpy()
+        if n_columns[genes].max() > 1:
+            continue  # several columns of one gene are summed before, not after, the logarithm
+        row = np.zeros(vocab.n_genes)
+        row[column_gene[column_gene >= 0]] = values[i, column_gene >= 0]
+        assert (genes == np.flatnonzero(row)).all()
+        edges = np.quantile(row[genes], np.linspace(0, 1, 50))
+        np.testing.assert_allclose(batch.bin_edges[i].numpy(), edges, rtol=1e-5)
+        # Rounding apart, which makes equal what was not or the other way round: a hair below and above.
+        assert (bins <= np.digitize(row[genes] * (1 + 1e-5), edges)).all()
+        assert (bins >= np.digitize(row[genes] * (1 - 1e-5), edges, right=True)).all()
+        back = values_of_bins(batch.values[i : i + 1, 1:length], batch.bin_edges[i : i + 1])[0].numpy()
+        np.testing.assert_allclose(back[bins == 50], row[genes].max(), rtol=1e-5)
+        assert spearmanr(back, row[genes]).statistic > 0.95
+
+
+def test_counts_of_pbmc3k(real_data: Path) -> None:
+    """TranscriptFormer's: raw counts up to 30, genes as in the vocabulary, the first 2,047."""
+    adata = anndata.read_h5ad(real_data / "pbmc3k.h5ad")[CELLS].copy()
+    vocab = predefined("human_protein_coding")
+    store = open_store([adata], vocab, DataConfig())
+    config = Config.model_validate(
+        {
+            "tokenizer": {"strategy": "continuous_projection", "max_value": 30, "overlong": "first"},
+            "data": {"preprocessing": {"normalize": "none", "log1p": False}},
+        }
+    )
+    batch = build_tokenizer(config, vocab)(store.read(np.arange(len(CELLS))))
+    column_gene = store.matches[0].gene_index
+    known = np.flatnonzero(column_gene >= 0)
+    to_gene = sparse.csr_matrix(
+        (np.ones(len(known)), (known, column_gene[known])), shape=(adata.n_vars, vocab.n_genes)
+    )
+    counts = (adata.X @ to_gene).toarray()
+    for i, row in enumerate(counts):
+        genes = np.flatnonzero(row)[:2047]
+        length = int(batch.lengths[i])
+        assert length == 1 + len(genes)
+        np.testing.assert_array_equal(batch.input_ids[i, 1:length] - vocab.first_gene_token, genes)
+        np.testing.assert_array_equal(batch.values[i, 1:length], np.minimum(row[genes], 30))
