@@ -484,12 +484,51 @@ def misfit(config: Config) -> str:
         )
     if causal and not tokenizer.prepend_cls:
         return "tokenizer.prepend_cls must be true for an autoregressive model, which starts from <cls>"
-    if model.architecture == "masked_autoencoder" and embedding in ("none", "category"):
+    if problem := _next_gene_misfit(config):
+        return problem
+    if model.architecture == "masked_autoencoder" and embedding not in ("soft_bins", "continuous"):
         return f"value_embedding '{embedding}' in model does not fit masked_autoencoder: use soft_bins or continuous"
+    if model.architecture == "masked_autoencoder" and tokenizer.include_zero_genes:
+        return "tokenizer.include_zero_genes: the encoder of a masked_autoencoder reads expressed genes only"
+    if model.architecture == "masked_autoencoder" and objective.batch_labels:
+        return "model.objective.batch_labels: the decoder of a masked_autoencoder is not told the batch"
     if tokenizer.vocab_layout == "scgpt" and tokenizer.append_eos:
         return "tokenizer.append_eos: the vocab_layout scgpt has no <eos>"
     if objective.zero_probability and model.pretraining_task != "expression_reconstruction":
         return "model.objective.zero_probability belongs to pretraining_task expression_reconstruction"
+    if model.architecture == "masked_autoencoder" and objective.zero_probability:
+        return "model.objective.zero_probability: a masked_autoencoder has no such head"
     if objective.zero_probability and not tokenizer.include_zero_genes:
         return "model.objective.zero_probability needs zeros in the input: tokenizer.include_zero_genes: true"
+    return ""
+
+
+def _next_gene_misfit(config: Config) -> str:
+    model, tokenizer, objective = config.model, config.tokenizer, config.model.objective
+    if model.architecture != "autoregressive_transformer" or model.pretraining_task == "expression_reconstruction":
+        return ""
+    if model.pooling == "cls":
+        return (
+            "model.pooling cls does not fit an autoregressive model: <cls> comes first and has seen no gene; use mean "
+            "or window"
+        )
+    if objective.reference and tokenizer.append_eos:
+        return (
+            "model.objective.reference puts <eos> at the end of a full window by itself: set "
+            "tokenizer.append_eos: false"
+        )
+    if config.value_loss == "zero_truncated_poisson" and tokenizer.include_zero_genes:
+        return (
+            "model.objective.value_loss zero_truncated_poisson is about counts from 1 on: set "
+            "tokenizer.include_zero_genes: false"
+        )
+    if objective.batch_labels and (
+        config.value_loss == "zero_truncated_poisson" or model.pretraining_task == "next_gene"
+    ):
+        return "model.objective.batch_labels: this model has no expression head that could be told the batch"
+    if objective.cell_weight or objective.ecs_weight or objective.batch_weight:
+        return (
+            "model.objective: cell_weight, ecs_weight and batch_weight belong to models that see the whole cell; an "
+            "autoregressive model has them with pretraining_task expression_reconstruction only"
+        )
     return ""

@@ -11,7 +11,7 @@ from scmodelforge.config import LoraConfig
 if TYPE_CHECKING:
     from peft import LoraModel
 
-TARGETS = ["q", "k", "v", "out", "fc1", "fc2"]
+TARGETS = r"transformer\.blocks\..*\.(q|k|v|out|fc1|fc2)"  # not the decoder of a masked autoencoder
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> LoraModel:

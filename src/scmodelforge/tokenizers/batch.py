@@ -30,6 +30,9 @@ class TokenBatch:
         from 1; 0 is unknown. None if the vocabulary has no such column.
     bin_edges
         float32 (n_cells, n_bins - 1): the quantiles between the bins of `binned_expression`; else None.
+    left_out
+        int64 (n_cells, n), `<pad>` on the right: genes with a count that did not fit into `tokenizer.max_genes`
+        (of `binned_expression` and `continuous_projection`); None if all fit.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +42,7 @@ class TokenBatch:
     has_padding: bool
     obs: torch.Tensor | None = None
     bin_edges: torch.Tensor | None = None
+    left_out: torch.Tensor | None = None
 
     @property
     def n_cells(self) -> int:

@@ -6,6 +6,8 @@ is a function of (seed, epoch, cell, gene).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -85,7 +87,20 @@ def gene_tokens(
     if len(keys) > 2 or without_count.any():
         kept = kept[np.lexsort(keys)]  # stable: what is equal stays in the order of the vocabulary
     kept = kept[_first(room, row[kept], np.arange(len(kept)))]
-    return token_batch(cells, config, vocab, row[kept], gene[kept], carried[kept])
+    tokens = token_batch(cells, config, vocab, row[kept], gene[kept], carried[kept])
+    if not too_long.any():
+        return tokens
+    left_out = expressed > 0
+    left_out[kept] = False
+    return replace(tokens, left_out=_padded(row[left_out], gene[left_out], cells.n_cells, vocab))
+
+
+def _padded(row: np.ndarray, gene: np.ndarray, n_cells: int, vocab: GeneVocab) -> torch.Tensor:
+    """int64 (n_cells, n): tokens of the genes of each cell (ascending `row`), pads on the right."""
+    n_genes = np.bincount(row, minlength=n_cells)
+    tokens = np.full((n_cells, int(n_genes.max(initial=0))), vocab.pad_id, dtype=np.int64)
+    tokens[row, position_in_cell(row)] = gene + vocab.first_gene_token
+    return torch.from_numpy(tokens)
 
 
 def _scatter(place: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ VALUE_SUMS = (
     "spearman",
     "spearman_cells",
 )
-BIN_SUMS = ("bin_hits", "bin_near")
+BIN_SUMS = ("bin_hits", "bin_near", "bins")
 
 
 def gene_sums(logits: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
@@ -79,14 +79,14 @@ def value_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def bin_sums(predicted: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """float64 (2): `BIN_SUMS`, how often the bin is right, and right within one."""
-    distance = (predicted.round() - truth).abs()
-    return torch.stack([(distance == 0).sum(), (distance <= 1).sum()]).double()
+    """float64 (3): `BIN_SUMS`, how often the bin of a non-zero gene is right, and right within one, of how many."""
+    distance = (predicted.round() - truth).abs()[truth > 0]
+    return torch.stack([(distance == 0).sum(), (distance <= 1).sum(), (truth > 0).sum()]).double()
 
 
 def bin_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Accuracy of the bin, and within one bin."""
-    n = sums["values"]
+    """Accuracy of the bin, and within one bin; zeros are not counted, a constant would get them right."""
+    n = sums["bins"]
     return {"bin_accuracy": _mean(sums["bin_hits"], n), "bin_accuracy_1": _mean(sums["bin_near"], n)}
 
 
