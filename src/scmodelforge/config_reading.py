@@ -31,6 +31,7 @@ Loc = tuple[str | int, ...]
 _NAMES = {
     ("data", "gene_vocab"): ("human_protein_coding", "mouse_protein_coding", "from_data"),
     ("tokenizer", "gene_medians"): ("from_data", "none"),
+    ("model", "gene_embeddings"): (),
 }
 
 # pydantic's error types in plain words; what the user wrote is appended.
@@ -221,12 +222,13 @@ class Reading:
             expanded["data", "paths"] = self._expand(config.data.paths)
         for loc, names in _NAMES.items():
             value = getattr(getattr(config, str(loc[0])), str(loc[1]))
-            if value in names or dropped & {loc[:1], loc}:
+            if value is None or value in names or dropped & {loc[:1], loc}:
                 continue
             expanded[loc] = os.path.expanduser(value)
             if not os.path.isfile(expanded[loc]):
                 near = difflib.get_close_matches(value.lower(), names, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; names are {', '.join(names)}"
+                hint = f"; names are {', '.join(names)}" if names else ""
+                hint = f"; did you mean {near[0]}?" if near else hint
                 self.problem(loc, f"{dotted(loc)}: there is no file '{value}'{hint}")
         for (section, key), value in expanded.items():  # model_copy keeps the set of keys that the user wrote
             changed = getattr(config, str(section)).model_copy(update={str(key): value})

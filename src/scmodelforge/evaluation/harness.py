@@ -23,6 +23,7 @@ from scmodelforge.evaluation.linear_probe import probe_cells
 from scmodelforge.files import ensure_target, write_text
 from scmodelforge.inference import as_bundle, embed_store, open_for
 from scmodelforge.models.bundle import ModelBundle, build_model, with_model_of
+from scmodelforge.models.embeddings import ExternalGenes
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ def benchmark(
         fresh = ModelBundle(
             bundle.config, bundle.vocab, build_model(bundle.config, bundle.vocab, config.eval.seed)
         )
+        given, genes = bundle.model.embedding.tokens, fresh.model.embedding.tokens
+        if isinstance(given, ExternalGenes) and isinstance(genes, ExternalGenes):
+            genes.load_vectors(given.vectors.weight)
         embeddings["untrained"] = embed_store(fresh, store, config.eval.batch_size)
     if "pca" in config.eval.baselines:
         embeddings["pca"] = pca_embedding(all_counts(data, config.data.layer), config.eval.seed)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.embeddings import ObsEmbedding, build_embedding
+from scmodelforge.models.embeddings import ExternalGenes, ObsEmbedding, build_embedding
 from scmodelforge.models.pooling import pool
 from scmodelforge.models.transformer import Transformer
 from scmodelforge.tokenizers.batch import TokenBatch
@@ -41,6 +43,14 @@ class CellTransformer(nn.Module):
         """Modules that `encode` does not use."""
         raise NotImplementedError
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As torch, but given gene vectors stay frozen unless `model.train_gene_embeddings`."""
+        super().requires_grad_(requires_grad)
+        genes = self.embedding.tokens
+        if isinstance(genes, ExternalGenes) and not genes.trained:
+            genes.vectors.requires_grad_(False)
+        return self
+
     def inputs(
         self, tokens: TokenBatch
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
@@ -72,11 +82,16 @@ class CellTransformer(nn.Module):
         return self.transformer(x, allowed, bias)[:, n_obs:]
 
     def pool(self, hidden: torch.Tensor, tokens: TokenBatch, pooling: str | None = None) -> torch.Tensor:
-        """Cell embeddings (n_cells, width) from hidden states (n_cells, length, width)."""
-        how = pooling or self.pooling
-        embedding = pool(hidden, tokens, how, self.first_gene_token, self.max_length)
+        """Cell embeddings (n_cells, width), not normalized, from hidden states (n_cells, length, width)."""
+        return pool(hidden, tokens, pooling or self.pooling, self.first_gene_token, self.max_length)
+
+    def cell_embedding(
+        self, hidden: torch.Tensor, tokens: TokenBatch, pooling: str | None = None
+    ) -> torch.Tensor:
+        """As `pool`, of length 1 with `model.normalize_embedding`."""
+        embedding = self.pool(hidden, tokens, pooling)
         return F.normalize(embedding, dim=1) if self.normalize_embedding else embedding
 
     def encode(self, tokens: TokenBatch, pooling: str | None = None) -> torch.Tensor:
         """Cell embeddings (n_cells, width); the same whatever cells and padding they come with."""
-        return self.pool(self(tokens), tokens, pooling)
+        return self.cell_embedding(self(tokens), tokens, pooling)

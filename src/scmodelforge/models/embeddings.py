@@ -32,8 +32,9 @@ class ExternalGenes(nn.Module):
     def __init__(self, config: ModelConfig, n_tokens: int) -> None:
         super().__init__()
         assert config.gene_embedding_dim is not None
+        self.trained = config.train_gene_embeddings
         self.vectors = nn.Embedding(n_tokens, config.gene_embedding_dim)
-        self.vectors.requires_grad_(config.train_gene_embeddings)
+        self.vectors.requires_grad_(self.trained)
         self.network = nn.Sequential(
             nn.Linear(config.gene_embedding_dim, config.hidden_dim),
             nn.ReLU(),
@@ -45,6 +46,11 @@ class ExternalGenes(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 (...) → float (..., width)."""
         return self.network(self.vectors(input_ids))
+
+    def load_vectors(self, vectors: torch.Tensor) -> None:
+        """Take the given vectors, float (n_tokens, `model.gene_embedding_dim`)."""
+        with torch.no_grad():
+            self.vectors.weight.copy_(vectors)
 
     def table(self) -> torch.Tensor:
         """All vectors as the model sees them, float (n_tokens, width)."""

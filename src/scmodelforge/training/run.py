@@ -14,9 +14,11 @@ from lightning import Trainer
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule
-from scmodelforge.errors import ModelError
+from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.files import atomic_path
+from scmodelforge.genes.embeddings import read_gene_embeddings
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
     ModelBundle,
@@ -25,7 +27,9 @@ from scmodelforge.models.bundle import (
     load_model,
     read_checkpoint,
     save_bundle,
+    with_gene_width_of,
 )
+from scmodelforge.models.embeddings import ExternalGenes
 from scmodelforge.models.objectives import build_objective
 from scmodelforge.models.objectives.batch import TrainingBatch
 from scmodelforge.tokenizers.base import build_tokenizer
@@ -110,9 +114,8 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
         if plain:
             check_same_cells(prepared, plain, str(resume))
 
-        bundle = ModelBundle(
-            config, prepared.vocab, build_model(config, prepared.vocab, config.training.seed)
-        )
+        config, model = _start(config, prepared.vocab, checkpoint, str(resume))
+        bundle = ModelBundle(config, prepared.vocab, model)
         tokenizer = build_tokenizer(config, prepared.vocab)
         task = build_objective(config, prepared.vocab)
 
@@ -133,6 +136,41 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
             checkpoint=checkpoint,
             notes=notes,
         )
+
+
+def _start(
+    config: Config, vocab: GeneVocab, checkpoint: dict[str, Any] | None, where: str
+) -> tuple[Config, CellTransformer]:
+    """The model before its first step, with given gene vectors if any; and the config with their width.
+
+    A resumed run takes the vectors from its checkpoint, with all other weights.
+    """
+    seed = config.training.seed
+    if checkpoint is not None:
+        config = with_gene_width_of(config, config_of(checkpoint, where))
+        return config, build_model(config, vocab, seed)
+    settings = config.model
+    if settings.gene_embeddings is None:
+        if settings.gene_embedding_dim is not None and not settings.train_gene_embeddings:
+            raise ConfigError(
+                "model.gene_embedding_dim asks for given gene vectors, but model.gene_embeddings names no file.\n"
+                "Name one, set model.train_gene_embeddings: true to learn such vectors, or "
+                "model.gene_embedding_dim: null to learn gene embeddings of the model's own width."
+            )
+        return config, build_model(config, vocab, seed)
+    vectors, _ = read_gene_embeddings(settings.gene_embeddings, vocab)
+    width = vectors.shape[1]
+    if settings.gene_embedding_dim not in (None, width):
+        raise ConfigError(
+            f"model.gene_embedding_dim is {settings.gene_embedding_dim}, but the vectors in "
+            f"'{settings.gene_embeddings}' have {width} numbers. Leave the key out, or use another file."
+        )
+    config = config.model_copy(update={"model": settings.model_copy(update={"gene_embedding_dim": width})})
+    model = build_model(config, vocab, seed)
+    genes = model.embedding.tokens
+    assert isinstance(genes, ExternalGenes)
+    genes.load_vectors(torch.from_numpy(vectors))
+    return config, model
 
 
 def fit(
@@ -231,11 +269,6 @@ def _announce(bundle: ModelBundle, prepared: TrainingData) -> None:
         f"{bundle.vocab.n_genes:,}",
         f"{bundle.n_parameters:,}",
     )
-    preprocessing = bundle.config.data.preprocessing
-    if preprocessing.log1p and "log1p" in preprocessing.model_fields_set:
-        log.info(
-            "data.preprocessing.log1p: ranks are taken before the logarithm, so it does not change them."
-        )
 
 
 def _last_figures(trainer: Trainer) -> dict[str, float]:
@@ -261,8 +294,9 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     if fine_tuned != bool(plain["labels"]):
         kind, command = ("pretraining", "train") if fine_tuned else ("fine-tuning", "finetune")
         raise ModelError(f"'{resume}' is of a {kind} run: resume it with 'scmodelforge {command}'.")
-    asked = _flat(config.model_dump(mode="json"))
-    had = _flat(config_of(checkpoint, str(resume)).model_dump(mode="json"))
+    had_config = config_of(checkpoint, str(resume))
+    asked = _flat(with_gene_width_of(config, had_config).model_dump(mode="json"))
+    had = _flat(had_config.model_dump(mode="json"))
     sections = ("data.", "tokenizer.", "model.", *(("finetune.",) if fine_tuned else ()))
     problems = [
         f"{key}: {asked[key]} in the config, {had.get(key)} in the run"
