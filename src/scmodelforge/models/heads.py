@@ -12,11 +12,17 @@ from scmodelforge.models.embeddings import ExternalGenes, LearnedGenes
 from scmodelforge.models.transformer import ACTIVATIONS
 
 
+def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap · tanh(logits / cap), or the logits as they are without a cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 class MaskedGeneHead(nn.Module):
     """BERT's prediction head; its output matrix is the gene embedding itself (tied)."""
 
     def __init__(self, config: ModelConfig, n_tokens: int) -> None:
         super().__init__()
+        self.soft_cap = config.soft_cap
         self.dense = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.activation = ACTIVATIONS[config.activation]
         self.norm = nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
@@ -24,7 +30,8 @@ class MaskedGeneHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> torch.Tensor:
         """Hidden states (..., width) → logits (..., n_tokens)."""
-        return F.linear(self.norm(self.activation(self.dense(hidden))), genes.table(), self.bias)
+        logits = F.linear(self.norm(self.activation(self.dense(hidden))), genes.table(), self.bias)
+        return soft_capped(logits, self.soft_cap)
 
 
 class GeneNetwork(nn.Module):
@@ -44,14 +51,37 @@ class GeneNetwork(nn.Module):
 
     def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> torch.Tensor:
         """Hidden states (..., width) → logits (..., n_tokens)."""
-        logits = self.layers(hidden)
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return soft_capped(self.layers(hidden), self.soft_cap)
 
 
 def build_gene_head(config: Config, vocab: GeneVocab) -> MaskedGeneHead | GeneNetwork:
     """The head that `model.gene_head` names."""
     kind = MaskedGeneHead if config.model.gene_head == "tied" else GeneNetwork
     return kind(config.model, vocab.n_tokens)
+
+
+class CountHead(nn.Module):
+    """A score of a gene's count from the hidden state before it and the gene's own vector (TranscriptFormer).
+
+    Linear → ReLU → LayerNorm → dropout → Linear to one number, plus a number of the gene. A softmax over the scores of
+    a cell's genes shares out its counts, see `objectives.counts.count_rates`.
+    """
+
+    def __init__(self, config: ModelConfig, n_tokens: int) -> None:
+        super().__init__()
+        width = max(1, config.hidden_dim // 2)
+        self.layers = nn.Sequential(
+            nn.Linear(2 * config.hidden_dim, width),
+            nn.ReLU(),
+            nn.LayerNorm(width, eps=config.layer_norm_eps),
+            nn.Dropout(config.dropout),
+            nn.Linear(width, 1),
+        )
+        self.gene_bias = nn.Embedding(n_tokens, 1)
+
+    def forward(self, hidden: torch.Tensor, vectors: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
+        """Hidden states and gene vectors (m, width) of the genes `genes` (int64 m) → (m, 1)."""
+        return self.layers(torch.cat([hidden, vectors], dim=1)) + self.gene_bias(genes)
 
 
 def three_layers(n_inputs: int, width: int, n_outputs: int) -> nn.Sequential:
@@ -89,6 +119,13 @@ class ExpressionHead(nn.Module):
         self.value = three_layers(n_inputs, width, n_outputs)
         self.nonzero = three_layers(n_inputs, width, 1) if objective.zero_probability else None
 
+    def batch_vectors(self, obs: torch.Tensor | None) -> torch.Tensor | None:
+        """Vector of each cell's batch, float (n_cells, width), from its obs categories; None without batch_labels."""
+        if self.batch_embedding is None:
+            return None
+        assert obs is not None
+        return self.batch_embedding(obs[:, self.batch_place])
+
     def forward(
         self, hidden: torch.Tensor, genes: torch.Tensor, obs: torch.Tensor | None, cell: torch.Tensor
     ) -> torch.Tensor:
@@ -96,9 +133,9 @@ class ExpressionHead(nn.Module):
         parts = [hidden]
         if self.with_gene:
             parts.append(genes)
-        if self.batch_embedding is not None:
-            assert obs is not None
-            parts.append(self.batch_embedding(obs[cell, self.batch_place]))
+        batches = self.batch_vectors(obs)
+        if batches is not None:
+            parts.append(batches[cell])
         x = torch.cat(parts, dim=1)
         if self.nonzero is None:
             return self.value(x)
