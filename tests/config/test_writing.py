@@ -79,7 +79,7 @@ def test_the_starter_explains_every_key() -> None:
     assert len(keys) > 50
     assert all(lines[i - 1].lstrip().startswith("# ") for i in keys)
     assert "  # Width of the hidden states. (Default: 512.)" in starter_yaml("a.h5ad", SUGGESTED).splitlines()
-    assert "One of: pre, post." in starter_yaml("a.h5ad")
+    assert "One of: pre, post, normed_residual." in starter_yaml("a.h5ad")
     assert max(map(len, lines)) <= 110
 
 

@@ -398,7 +398,11 @@ YAML = {
             "must be less than 1, not 1.2",
         ),
     ),
-    "later": ("tokenizer: {strategy: binned_expression}\n", ("does not exist in this version", "rank_value")),
+    "unknown strategy": ("tokenizer: {strategy: rank_values}\n", ("does not exist", "Did you mean 'rank_value'")),
+    "what does not fit together": (
+        "tokenizer: {strategy: binned_expression}\nmodel: {architecture: masked_autoencoder}\n",
+        ("do not fit together", "Nearest that works", "expression_reconstruction"),
+    ),
     "empty": ("", ("the file is empty",)),
 }
 
