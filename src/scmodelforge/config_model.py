@@ -24,7 +24,8 @@ class ObjectiveConfig(Section):
     reference: bool = Field(
         False,
         description="Compute the autoregressive losses as TranscriptFormer's code does: <eos> only where the window "
-        "is full, gene loss averaged over padding too, approximate normalization of the Poisson loss.",
+        "is full, gene loss averaged over padding too, approximate normalization of the Poisson loss; and generate "
+        "values as scGPT's code does: without the out projection of the generated genes' attention.",
     )
     zero_probability: bool = Field(
         False, description="Also predict the probability that a value is not zero (scGPT's explicit zeros)."
@@ -41,11 +42,22 @@ class ObjectiveConfig(Section):
         lt=1,
         description="autoregressive expression_reconstruction: share of a cell's genes whose values are generated.",
     )
+    second_pass_weight: float = Field(
+        0.0,
+        ge=0,
+        description="autoregressive expression_reconstruction: weight of generating the values once more, with the "
+        "cell embedding in the place of <cls> (scGPT).",
+    )
     cell_weight: float = Field(
         0.0, ge=0, description="Weight of predicting the values from the cell embedding (scGPT's MVC, GEPC)."
     )
     ecs_weight: float = Field(0.0, ge=0, description="Weight of scGPT's elastic cell similarity.")
-    ecs_threshold: float = Field(0.8, ge=-1, le=1, description="Cosine similarity that ECS draws cells to.")
+    ecs_threshold: float = Field(
+        0.8,
+        ge=-1,
+        le=1,
+        description="Cosine similarity above which ECS draws cells together, and below which apart.",
+    )
     batch_key: str | None = Field(
         None, description="obs column with the batches, for batch_weight and batch_labels."
     )

@@ -10,6 +10,7 @@ from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.auxiliary import AuxiliaryHeads
 from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.heads import ExpressionHead, build_gene_head
+from scmodelforge.models.objectives.batch import LossTerm, TrainingBatch
 from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
 
@@ -58,4 +59,16 @@ class TransformerEncoder(CellTransformer):
         asked = hidden.flatten(0, 1).index_select(0, positions)
         return self.expression_head(
             asked, self.embedding.genes(genes), tokens.obs, positions // hidden.shape[1]
+        )
+
+    def auxiliary_terms(self, hidden: torch.Tensor, batch: TrainingBatch) -> dict[str, LossTerm]:
+        """Auxiliary loss terms from hidden states (n_cells, length, width); none without auxiliary heads."""
+        if self.auxiliary is None:
+            return {}
+        head, tokens = self.expression_head, batch.tokens
+        return self.auxiliary.terms(
+            self.pool(hidden, tokens),
+            self.embedding.genes(batch.genes),
+            batch,
+            batch_vectors=None if head is None else head.batch_vectors(tokens.obs),
         )

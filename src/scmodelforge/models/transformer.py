@@ -69,14 +69,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=config.bias)
 
     def forward(
-        self, x: torch.Tensor, allowed: torch.Tensor | None, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        allowed: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        projected: int | None = None,
     ) -> torch.Tensor:
-        """(n, length, width) → the same; see `attend` for `allowed` and `bias`."""
+        """(n, length, width) → the same; see `attend` for `allowed` and `bias`, `Transformer` for `projected`."""
         heads = (x.shape[0], x.shape[1], self.num_heads, -1)
         q, k, v = (layer(x).view(heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, allowed, bias, self.soft_cap, dropout)
-        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+        mixed = mixed.transpose(1, 2).reshape(x.shape)
+        if projected is None:
+            return self.out(mixed)
+        return torch.cat([self.out(mixed[:, :projected]), mixed[:, projected:]], dim=1)
 
 
 class FeedForward(nn.Module):
@@ -110,17 +117,21 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: torch.Tensor, allowed: torch.Tensor | None, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        allowed: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        projected: int | None = None,
     ) -> torch.Tensor:
         """(n, length, width) → the same."""
         if self.norm == "pre":
-            x = x + self.dropout(self.attention(self.attention_norm(x), allowed, bias))
+            x = x + self.dropout(self.attention(self.attention_norm(x), allowed, bias, projected))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         if self.norm == "normed_residual":
             x = self.attention_norm(x)
-            x = self.feed_forward_norm(x + self.dropout(self.attention(x, allowed, bias)))
+            x = self.feed_forward_norm(x + self.dropout(self.attention(x, allowed, bias, projected)))
             return x + self.dropout(self.feed_forward(x))
-        x = self.attention_norm(x + self.dropout(self.attention(x, allowed, bias)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, allowed, bias, projected)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
@@ -136,7 +147,11 @@ class Transformer(nn.Module):
         )
 
     def states(
-        self, x: torch.Tensor, allowed: torch.Tensor | None, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        allowed: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        projected: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the input, then the output of each block: `num_layers + 1` tensors (n, length, width).
 
@@ -147,18 +162,24 @@ class Transformer(nn.Module):
         allowed, bias
             bool and float, broadcast against (n, heads, queries, keys): which keys a query may read, and what is
             added to its scores. None: all keys, and nothing.
+        projected
+            How many positions, from the first, pass attention's out projection; None: all (see `generative.py`).
         """
         yield x
         for block in self.blocks[:-1]:
-            x = block(x, allowed, bias)
+            x = block(x, allowed, bias, projected)
             yield x
-        yield self.final_norm(self.blocks[-1](x, allowed, bias))
+        yield self.final_norm(self.blocks[-1](x, allowed, bias, projected))
 
     def forward(
-        self, x: torch.Tensor, allowed: torch.Tensor | None, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        allowed: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        projected: int | None = None,
     ) -> torch.Tensor:
         """The last of `states`."""
-        for state in self.states(x, allowed, bias):
+        for state in self.states(x, allowed, bias, projected):
             x = state
         return x
 

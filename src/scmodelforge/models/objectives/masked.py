@@ -55,15 +55,7 @@ class MaskedPrediction:
         self.asks_values = task != "masked_gene_prediction"
         self.hides_values = self.asks_values or config.tokenizer.strategy == "rank_value"
         self.has_bins = self.asks_values and config.tokenizer.strategy == "binned_expression"
-        objective = config.model.objective
-        self.terms = (
-            *(["gene"] if self.asks_genes else []),
-            *(["expression"] if self.asks_values else []),
-            *(["nonzero"] if objective.zero_probability else []),
-            *(["cell_expression"] if objective.cell_weight else []),
-            *(["ecs"] if objective.ecs_weight else []),
-            *(["batch"] if objective.batch_weight else []),
-        )
+        self.terms = term_names(config)
         self.sums = (
             *(f"{name}_{part}" for name in self.terms for part in ("total", "count")),
             *(GENE_SUMS if self.asks_genes else ()),
@@ -134,9 +126,7 @@ class MaskedPrediction:
         if self.asks_values:
             expression = model.expression(hidden, batch.asked, batch.genes, batch.tokens)
             terms |= expression_terms(self.config, expression, batch.values)
-        if model.auxiliary is not None:
-            cells = model.pool(hidden, batch.tokens)
-            terms |= model.auxiliary.terms(cells, model.embedding.genes(batch.genes), batch)
+        terms |= model.auxiliary_terms(hidden, batch)
         return ModelOutput(hidden, logits, expression, terms)
 
     def count(self, output: ModelOutput, batch: TrainingBatch) -> torch.Tensor:
@@ -175,6 +165,22 @@ def loss_metrics(config: Config, terms: tuple[str, ...], sums: dict[str, float])
     return loss | ({f"{name}_loss": mean for name, mean in means.items()} if len(terms) > 1 else {})
 
 
+def term_names(config: Config) -> tuple[str, ...]:
+    """Names of the loss terms of a masked or generative task."""
+    task, objective = config.model.pretraining_task, config.model.objective
+    asked = {
+        "gene": task != "expression_reconstruction",
+        "expression": task != "masked_gene_prediction",
+        "nonzero": objective.zero_probability,
+        "second_pass": objective.second_pass_weight,
+        "cell_expression": objective.cell_weight,
+        "cell_nonzero": objective.cell_weight and objective.zero_probability,
+        "ecs": objective.ecs_weight,
+        "batch": objective.batch_weight,
+    }
+    return tuple(name for name, wanted in asked.items() if wanted)
+
+
 def term_weights(config: Config) -> dict[str, float]:
     """Weight of each loss term by its name."""
     objective = config.model.objective
@@ -182,7 +188,9 @@ def term_weights(config: Config) -> dict[str, float]:
         "gene": objective.gene_weight,
         "expression": objective.value_weight,
         "nonzero": objective.value_weight,
+        "second_pass": objective.second_pass_weight,
         "cell_expression": objective.cell_weight,
+        "cell_nonzero": objective.cell_weight,
         "ecs": objective.ecs_weight,
         "batch": objective.batch_weight,
     }
