@@ -75,17 +75,18 @@ def gene_tokens(
     too_long = np.bincount(row, minlength=cells.n_cells)[row] > room
     if config.overlong == "sample" and config.gene_order != "random" and too_long.any():
         long = np.flatnonzero(too_long)  # the first of a random order are a sample already
-        by_chance = draw(SAMPLE, seed, epoch, cell[long], gene[long])
-        chosen = _first(room, row[long], np.lexsort((by_chance, without_count[long], row[long])))
+        bits = draw(SAMPLE, seed, epoch, cell[long], gene[long])
+        chosen = _first(room, row[long], _by_cell(row[long], without_count[long], bits))
         kept = np.sort(np.concatenate([np.flatnonzero(~too_long), long[chosen]]))
 
-    keys = [without_count[kept], row[kept]]
+    # Sorting is stable: what is equal stays in the order of the vocabulary.
     if config.gene_order == "random":
-        keys.insert(0, draw(ORDER, seed, epoch, cell[kept], gene[kept]))
+        bits = draw(ORDER, seed, epoch, cell[kept], gene[kept])
+        kept = kept[_by_cell(row[kept], without_count[kept], bits)]
     elif config.gene_order == "value":
-        keys.insert(0, -expressed[kept])
-    if len(keys) > 2 or without_count.any():
-        kept = kept[np.lexsort(keys)]  # stable: what is equal stays in the order of the vocabulary
+        kept = kept[np.lexsort((-expressed[kept], row[kept]))]  # zeros are last by themselves
+    elif without_count.any():
+        kept = kept[_by_cell(row[kept], without_count[kept], np.uint32(0))]
     kept = kept[_first(room, row[kept], np.arange(len(kept)))]
     tokens = token_batch(cells, config, vocab, row[kept], gene[kept], carried[kept])
     if not too_long.any():
@@ -101,6 +102,12 @@ def _padded(row: np.ndarray, gene: np.ndarray, n_cells: int, vocab: GeneVocab) -
     tokens = np.full((n_cells, int(n_genes.max(initial=0))), vocab.pad_id, dtype=np.int64)
     tokens[row, position_in_cell(row)] = gene + vocab.first_gene_token
     return torch.from_numpy(tokens)
+
+
+def _by_cell(row: np.ndarray, last: np.ndarray, bits: np.ndarray | np.uint32) -> np.ndarray:
+    """int64: the order of entries by cell, then those that are not `last`, then by 32 bits; stable."""
+    words = row.astype(np.uint64) << np.uint64(33) | last.astype(np.uint64) << WORD | bits
+    return np.argsort(words, kind="stable")
 
 
 def _scatter(place: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
