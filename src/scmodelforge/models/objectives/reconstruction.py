@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms
 from scmodelforge.models.objectives.masked import MaskedPrediction
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.batch import TokenBatch, keep_tokens
 
 if TYPE_CHECKING:
     from scmodelforge.models.masked_autoencoder import MaskedAutoencoder
@@ -35,8 +34,9 @@ class MaskedReconstruction(MaskedPrediction):
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         super().__init__(config, vocab)
         self.zero_mask_ratio = config.model.objective.zero_mask_ratio
-        self.seen = np.zeros(vocab.n_tokens, dtype=bool)
-        self.seen[self.random_tokens] = True
+        self.seen = np.ones(vocab.n_tokens, dtype=bool)
+        if vocab.medians is not None:
+            self.seen[vocab.first_gene_token :] = np.isfinite(vocab.medians)
 
     def corrupt(self, tokens: TokenBatch, seed: int, epoch: int, batch_seed: int = 0) -> TrainingBatch:
         """Take genes out and ask for them; a pure function of (seed, epoch, cell, gene)."""
@@ -59,7 +59,7 @@ class MaskedReconstruction(MaskedPrediction):
         column = np.arange(len(batch_rows)) - np.repeat(np.cumsum(n_asked) - n_asked, n_asked)
         queries = np.full((tokens.n_cells, max(int(n_asked.max(initial=0)), 1)), vocab.pad_id)
         queries[batch_rows, column] = genes
-        visible = _keep(tokens, ~asked, vocab.pad_id)
+        visible = keep_tokens(tokens, ~asked, vocab.pad_id)
         return TrainingBatch(
             tokens=visible,
             asked=torch.from_numpy(batch_rows * queries.shape[1] + column),
@@ -108,22 +108,3 @@ class MaskedReconstruction(MaskedPrediction):
             cells = model.pool(hidden, batch.tokens)
             terms |= model.auxiliary.terms(cells, model.embedding.genes(batch.genes), batch)
         return ModelOutput(hidden, expression=expression, terms=terms)
-
-
-def _keep(tokens: TokenBatch, kept: np.ndarray, pad_id: int) -> TokenBatch:
-    """`tokens` with only the real ones where `kept` (n_cells, length), moved to the left."""
-    kept = kept & (np.arange(kept.shape[1]) < tokens.lengths.numpy()[:, None])
-    lengths = kept.sum(axis=1)
-    length = max(int(lengths.max(initial=0)), 1)
-    order = np.argsort(~kept, axis=1, kind="stable")[:, :length]
-    real = np.arange(length) < lengths[:, None]
-    ids = np.where(real, np.take_along_axis(tokens.input_ids.numpy(), order, axis=1), pad_id)
-    values = np.where(real, np.take_along_axis(tokens.values.numpy(), order, axis=1), np.float32(0))
-    return replace(
-        tokens,
-        input_ids=torch.from_numpy(ids),
-        values=torch.from_numpy(values),
-        lengths=torch.from_numpy(lengths.astype(np.int64)),
-        has_padding=bool((lengths < length).any()),
-        left_out=None,
-    )

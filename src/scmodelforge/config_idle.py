@@ -1,0 +1,175 @@
+"""Keys that do nothing in a combination of settings: none of them is passed over in silence.
+
+What cannot work together is an error (`config.misfit`). What works but has no effect is listed here with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from scmodelforge.config import Config, Section
+from scmodelforge.config_presets import PRESETS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IdleKey:
+    """A key that the user wrote and that has no effect.
+
+    Attributes
+    ----------
+    name
+        Dotted.
+    reason
+        Why it has none.
+    changed
+        Whether its value is another than the default.
+    """
+
+    name: str
+    reason: str
+    changed: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} has no effect: {self.reason}."
+
+
+def idle_keys(config: Config) -> list[IdleKey]:
+    """The keys that the user wrote and that have no effect on pretraining.
+
+    A preset's own keys are not the user's. Where a section has all its keys written, as in a starter config or the
+    config.yaml of a run, what is at its default asks for nothing.
+    """
+    found = []
+    for name, reason in _without_effect(config):
+        *path, key = name.split(".")
+        section = _written(config, path)
+        if section is None or key not in section.model_fields_set or _of_preset(config, [*path, key]):
+            continue
+        changed = getattr(section, key) != type(section).model_fields[key].get_default(
+            call_default_factory=True
+        )
+        if changed or section.model_fields_set < type(section).model_fields.keys():
+            found.append(IdleKey(name, reason, changed))
+    return found
+
+
+def say_idle_keys(config: Config) -> None:
+    """Warn of each idle key, and name in one line those that are at their default anyway."""
+    idle = idle_keys(config)
+    for key in idle:
+        if key.changed:
+            log.warning("%s", key)
+    if plain := [key.name for key in idle if not key.changed]:
+        log.info("No effect with these settings: %s.", ", ".join(plain))
+
+
+def _written(config: Config, path: list[str]) -> Section | None:
+    """The section at `path` if the user wrote it."""
+    section: Any = config
+    for part in path:
+        if part not in section.model_fields_set:
+            return None
+        section = getattr(section, part)
+    return section
+
+
+def _of_preset(config: Config, path: list[str]) -> bool:
+    """Whether the model's preset sets this key, and to the value that it has."""
+    ours: Any = config
+    theirs: Any = PRESETS[config.model.preset].settings if config.model.preset else {}
+    for part in path:
+        ours, theirs = getattr(ours, part), theirs.get(part) if isinstance(theirs, dict) else None
+    return theirs is not None and ours == theirs
+
+
+def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
+    """Every key without effect in this combination, and why; whether written or not."""
+    yield from _of_data(config)
+    yield from _of_tokenizer(config)
+    yield from _of_model(config)
+    yield from _of_objective(config)
+    training = config.training
+    if training.logger != "wandb":
+        yield "training.wandb_project", f"training.logger is {training.logger}"
+    if training.scheduler.name == "constant":
+        yield "training.scheduler.min_lr_ratio", "training.scheduler.name constant does not decay"
+
+
+def _of_data(config: Config) -> Iterator[tuple[str, str]]:
+    data = config.data
+    if config.tokenizer.strategy == "rank_value":
+        yield "data.preprocessing.log1p", "rank_value takes the ranks before the logarithm"
+    if data.preprocessing.normalize == "none":
+        yield "data.preprocessing.target_sum", "data.preprocessing.normalize is none"
+    if not data.split.val_split:
+        yield "data.split.group_key", "data.split.val_split is 0"
+
+
+def _of_tokenizer(config: Config) -> Iterator[tuple[str, str]]:
+    tokenizer, architecture = config.tokenizer, config.model.architecture
+    strategy = tokenizer.strategy
+    of_ranks, of_others = ("gene_medians",), ("gene_order", "overlong", "include_zero_genes", "cls_value")
+    for keys, needed in (
+        (of_ranks, ("rank_value",)),
+        (("n_bins", "bin_ties"), ("binned_expression",)),
+        (of_others, ("binned_expression", "continuous_projection")),
+        (("max_value",), ("continuous_projection",)),
+    ):
+        if strategy not in needed:
+            for key in keys:
+                yield f"tokenizer.{key}", f"it belongs to {' and '.join(needed)}, not to {strategy}"
+    if strategy != "rank_value" and not tokenizer.prepend_cls:
+        yield "tokenizer.cls_value", "tokenizer.prepend_cls is false"
+    if architecture != "transformer_encoder":
+        why = "a masked_autoencoder hides all that is asked" if architecture == "masked_autoencoder" else ""
+        for key in ("mask_token_share", "random_share", "reference"):
+            yield f"tokenizer.masking.{key}", why or f"{architecture} masks nothing"
+    if architecture == "autoregressive_transformer":
+        why = f"{architecture} masks nothing"
+        if config.model.pretraining_task == "expression_reconstruction":
+            why = "model.objective.generated_share says how many values are asked"
+        yield "tokenizer.masking.mask_ratio", why
+
+
+def _of_model(config: Config) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if config.value_embedding != "soft_bins":
+        yield "model.soft_bins", f"value_embedding is {config.value_embedding}"
+    if config.tokenizer.strategy == "rank_value":
+        yield "model.embedding_norm", "with rank_value there is always one"
+    if model.gene_embeddings is None and model.gene_embedding_dim is None:
+        yield "model.train_gene_embeddings", "the gene embeddings are learned already"
+    if model.pretraining_task == "expression_reconstruction":
+        for key in ("gene_head", "gene_head_dim"):
+            yield f"model.{key}", "expression_reconstruction names no genes"
+    elif model.gene_head == "tied":
+        yield "model.gene_head_dim", "model.gene_head is tied"
+    if model.architecture != "masked_autoencoder":
+        for key in ("hidden_dim", "num_layers", "num_heads"):
+            yield f"model.decoder.{key}", f"{model.architecture} has no decoder"
+
+
+def _of_objective(config: Config) -> Iterator[tuple[str, str]]:
+    architecture, task = config.model.architecture, config.model.pretraining_task
+    objective, causal = config.model.objective, architecture == "autoregressive_transformer"
+    if task == "expression_reconstruction":
+        yield "model.objective.gene_weight", f"{task} names no genes"
+    if task in ("masked_gene_prediction", "next_gene"):
+        for key in ("value_weight", "value_loss"):
+            yield f"model.objective.{key}", f"{task} tells no values"
+    if not causal:
+        yield "model.objective.reference", "it belongs to autoregressive_transformer"
+    if architecture != "masked_autoencoder":
+        yield "model.objective.zero_mask_ratio", "it belongs to masked_autoencoder"
+    if not (causal and task == "expression_reconstruction"):
+        yield (
+            "model.objective.generated_share",
+            "it belongs to autoregressive_transformer with expression_reconstruction",
+        )
+    if not objective.ecs_weight:
+        yield "model.objective.ecs_threshold", "model.objective.ecs_weight is 0"
