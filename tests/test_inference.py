@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,39 @@ def test_tokens_show_what_a_cell_becomes(model: ModelBundle, cells: ad.AnnData) 
     assert len(by_row) == min(32, 1 + int((cells.X[4] > 0).sum()))
     with pytest.raises(DataError, match=r"(?si)no cell 'cell50'.*give a row from 0 to 49, or a name"):
         tokens(cells, "cell50", model=model)
+
+
+def test_tokens_without_a_model_take_categories_from_the_data(
+    cells: ad.AnnData, caplog: pytest.LogCaptureFixture
+) -> None:
+    sections = {
+        "data": {"gene_vocab": "from_data"},
+        "tokenizer": {"strategy": "binned_expression", "obs_tokens": ["donor"]},
+    }
+    with caplog.at_level(logging.WARNING, "scmodelforge"):
+        table = tokens(cells, 1, config=Config.model_validate(sections))
+    assert not caplog.messages, "medians are for ranks only"
+    assert table["name"].tolist()[:2] == ["donor: d1", "<cls>"]
+    assert table["bin"].iloc[2:].between(1, 50).all()
+    sections["tokenizer"] = {"strategy": "rank_value"}
+    with caplog.at_level(logging.WARNING, "scmodelforge"):
+        tokens(cells, 1, config=Config.model_validate(sections))
+    assert "gene medians are unknown" in caplog.text
+    sections["tokenizer"] = {"strategy": "continuous_projection", "obs_tokens": ["lane"]}
+    with pytest.raises(DataError, match="obs column 'lane', which no file has; there are: cell_type, donor"):
+        tokens(cells, 1, config=Config.model_validate(sections))
+
+
+def test_a_value_at_cls_does_not_make_a_cell_full(
+    model: ModelBundle, cells: ad.AnnData, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = model.config.model_copy(
+        update={"tokenizer": model.config.tokenizer.model_copy(update={"cls_value": 1.0})}
+    )
+    cells.X = sparse.csr_matrix(cells.X.toarray() * (np.arange(50) != 3)[:, None])
+    with caplog.at_level(logging.WARNING, "scmodelforge"):
+        embed(cells, replace(model, config=config))
+    assert "1 cells have no gene that the model knows: their embedding says nothing." in caplog.messages
 
 
 def test_real_cells(model: ModelBundle, real_data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scmodelforge.config import DataConfig
+from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import starter_yaml
 from scmodelforge.data.check import check, check_data
 from scmodelforge.data.h5ad import open_matrix
@@ -151,3 +151,17 @@ def test_real_report(real_data):
     assert report.suggestions.group_key == "donor"
     assert report.suggestions.batch_key == "batch"
     assert report.share > 0.9
+
+
+def test_tokens_per_cell_follow_the_tokenizer():
+    report = check_data(adata_of(COUNTS), VOCAB, NO_MINIMUM)
+
+    def line(**tokenizer):
+        return next(text for text in report.lines(TokenizerConfig(**tokenizer)) if "tokens per cell" in text)
+
+    most = min(int((COUNTS[:, :30] > 0).sum(axis=1).max()), 19) + 1
+    assert line(max_genes=20).endswith(f"max {most}")
+    assert line(max_genes=20, include_zero_genes=True).endswith(f"max {most}"), "ranks have no zeros"
+    bins = {"strategy": "binned_expression", "include_zero_genes": True}
+    assert line(**bins) == "  tokens per cell, at most 2,048: 31, with the genes without a count"
+    assert line(max_genes=20, **bins) == "  tokens per cell, at most 20: 20, with the genes without a count"
