@@ -65,6 +65,9 @@ def _main(
 @app.command()
 def train(
     config: ConfigOption = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Start from this model: checkpoint or model folder.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on from this checkpoint.")] = None,
     set_: SetOption = None,
 ) -> None:
@@ -75,7 +78,10 @@ def train(
     settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
     from scmodelforge.training.run import train as run
 
-    _finish_run(run(settings, resume=resume), f"scmodelforge train --config {shlex.quote(str(config))}", set_)
+    again = f"scmodelforge train --config {shlex.quote(str(config))}"
+    if checkpoint is not None:
+        again += f" --checkpoint {shlex.quote(str(checkpoint))}"
+    _finish_run(run(settings, resume=resume, checkpoint=checkpoint), again, set_)
 
 
 @app.command()
@@ -269,6 +275,14 @@ def export(
     from scmodelforge.models.published import export_model
 
     print(f"Written: {export_model(load_model(model), to, folder)}")
+
+
+@app.command()
+def strategies() -> None:
+    """List which tokenizer, architecture and task fit together, and the presets."""
+    from scmodelforge.overview import overview
+
+    print(overview())
 
 
 @config_app.command("schema")

@@ -76,6 +76,12 @@ class DataConfig(Section):
     min_gene_overlap: float = Field(
         0.2, ge=0, le=1, description="Smallest share of a file's counts that must fall on vocabulary genes."
     )
+    extend_vocab: str | None = Field(
+        None,
+        description="Training that starts from a model: add the genes of the data that it lacks. mean: they start as "
+        "the mean of the model's genes and a little noise; or a file with vectors of genes, as in "
+        "model.gene_embeddings; null: add none.",
+    )
     preprocessing: Preprocessing = Field(default_factory=Preprocessing)
     split: Split = Field(default_factory=Split)
 
@@ -150,8 +156,8 @@ class TokenizerConfig(Section):
     )
     include_zero_genes: bool = Field(
         False,
-        description="Give binned_expression and continuous_projection the genes without a count too, after the "
-        "others.",
+        description="Give the model the genes without a count too: continuous_projection after the others, in the room "
+        "that these leave; binned_expression among the others, drawn alike where a cell is too long.",
     )
     max_value: float | None = Field(
         None, gt=0, description="Clip the values of continuous_projection (TranscriptFormer: counts at 30)."

@@ -30,6 +30,7 @@ Loc = tuple[str | int, ...]
 # Values of these keys that are names; anything else is the path of a file.
 _NAMES = {
     ("data", "gene_vocab"): ("human_protein_coding", "mouse_protein_coding", "from_data"),
+    ("data", "extend_vocab"): ("mean",),
     ("tokenizer", "gene_medians"): ("from_data", "none"),
     ("model", "gene_embeddings"): (),
 }

@@ -28,6 +28,7 @@ from scmodelforge.models.bundle import (
     load_model,
     with_model_of,
 )
+from scmodelforge.models.extension import extend_vocabulary, measure_new_medians
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.data import TrainingData
 from scmodelforge.training.run import RunResult, check_same_cells, fit, read_resumable
@@ -98,6 +99,8 @@ def finetune(
         sources: list = [data] if data is not None else list(config.data.paths)
         if not sources:
             raise DataError("There are no cells to fine-tune on: data.paths is empty.")
+        n_genes = pretrained.vocab.n_genes
+        pretrained = extend_vocabulary(pretrained, sources, config)
         store = open_for(pretrained, sources, config.data)
         targets = read_targets(store, config)
         labelled = targets.values[targets.rows]
@@ -107,7 +110,9 @@ def finetune(
             config.training.seed,
             np.array(targets.classes)[labelled] if targets.classes else None,
         )
-        prepared = TrainingData(store, pretrained.vocab, targets.rows[train], targets.rows[val])
+        vocab = measure_new_medians(pretrained.vocab, n_genes, store, targets.rows[train], config)
+        pretrained = replace(pretrained, vocab=vocab)
+        prepared = TrainingData(store, vocab, targets.rows[train], targets.rows[val])
         if plain:
             check_same_cells(prepared, plain, str(resume))
         labels, values = _describe(targets, prepared, config)
@@ -138,7 +143,7 @@ def finetune(
             f"{total:,}",
             100 * trainable / total,
         )
-        tokenizer = build_tokenizer(config, pretrained.vocab)
+        tokenizer = build_tokenizer(config, vocab)
 
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
             tokens = tokenizer(cells, seed, epoch)

@@ -19,6 +19,8 @@ from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
+from scmodelforge.models.bundle import ModelBundle
+from scmodelforge.models.extension import extend_vocabulary, measure_new_medians
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,17 @@ def prepare_data(
     else:
         medians = read_medians(config.tokenizer.gene_medians, prepared.vocab)
     return replace(prepared, vocab=prepared.vocab.with_medians(medians))
+
+
+def prepare_given(
+    config: Config, data: AnnData | None, given: ModelBundle
+) -> tuple[ModelBundle, TrainingData]:
+    """As `prepare_data`, for a model that brings its vocabulary; with `data.extend_vocab` it gets new genes."""
+    n_genes = given.vocab.n_genes
+    given = extend_vocabulary(given, [data] if data is not None else config.data.paths, config)
+    prepared = prepare_data(config, data, given.vocab)
+    vocab = measure_new_medians(given.vocab, n_genes, prepared.store, prepared.train_rows, config)
+    return replace(given, vocab=vocab), replace(prepared, vocab=vocab)
 
 
 def obs_categories(obs: pd.DataFrame, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

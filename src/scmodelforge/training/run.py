@@ -12,6 +12,7 @@ from anndata import AnnData
 from lightning import Trainer
 
 from scmodelforge.config import Config
+from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ConfigError, ModelError
@@ -28,13 +29,14 @@ from scmodelforge.models.bundle import (
     read_checkpoint,
     save_bundle,
     with_gene_width_of,
+    with_model_of,
 )
 from scmodelforge.models.embeddings import ExternalGenes
 from scmodelforge.models.objectives import build_objective
 from scmodelforge.models.objectives.batch import TrainingBatch
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
-from scmodelforge.training.data import TrainingData, prepare_data
+from scmodelforge.training.data import TrainingData, prepare_data, prepare_given
 from scmodelforge.training.module import PretrainingModule, TrainingModule
 from scmodelforge.training.setup import (
     RunFolders,
@@ -87,7 +89,12 @@ class RunResult:
     interrupted: bool = False
 
 
-def train(config: Config, resume: str | Path | None = None, data: AnnData | None = None) -> RunResult:
+def train(
+    config: Config,
+    resume: str | Path | None = None,
+    data: AnnData | None = None,
+    checkpoint: str | Path | None = None,
+) -> RunResult:
     """Pretrain a model.
 
     Parameters
@@ -99,6 +106,9 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
         machine ends with the weights that an uninterrupted run would have.
     data
         Cells in memory instead of `data.paths`.
+    checkpoint
+        A model to start from, checkpoint or folder: its weights, and with them its vocabulary, tokenizer, architecture
+        and preprocessing; a config that contradicts them is refused.
 
     Raises
     ------
@@ -107,14 +117,24 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
     """
     with collected_notes() as notes:
         check_environment(config.training)
-        checkpoint = read_resumable(config, resume, fine_tuned=False) if resume else None
-        plain = checkpoint[CHECKPOINT_KEY] if checkpoint else None
+        say_idle_keys(config)
+        given = _given_model(config, checkpoint, resume)
+        if given is not None:
+            config = with_model_of(config, given, str(checkpoint))
+        resumed = read_resumable(config, resume, fine_tuned=False) if resume else None
+        plain = resumed[CHECKPOINT_KEY] if resumed else None
         folders = choose_folders(config.training, plain)
-        prepared = prepare_data(config, data, GeneVocab.from_plain(plain["vocab"]) if plain else None)
+        if given is not None:
+            given, prepared = prepare_given(config, data, given)
+        else:
+            prepared = prepare_data(config, data, GeneVocab.from_plain(plain["vocab"]) if plain else None)
         if plain:
             check_same_cells(prepared, plain, str(resume))
 
-        config, model = _start(config, prepared.vocab, checkpoint, str(resume))
+        if given is not None:
+            model = given.model.train()
+        else:
+            config, model = _start(config, prepared.vocab, resumed, str(resume))
         bundle = ModelBundle(config, prepared.vocab, model)
         tokenizer = build_tokenizer(config, prepared.vocab)
         task = build_objective(config, prepared.vocab)
@@ -133,9 +153,26 @@ def train(config: Config, resume: str | Path | None = None, data: AnnData | None
             folders,
             monitor="val_loss",
             resume=resume,
-            checkpoint=checkpoint,
+            checkpoint=resumed,
             notes=notes,
         )
+
+
+def _given_model(
+    config: Config, checkpoint: str | Path | None, resume: str | Path | None
+) -> ModelBundle | None:
+    """The model that training starts from, if there is one."""
+    if checkpoint is None:
+        if config.data.extend_vocab is not None and resume is None:
+            raise ConfigError(
+                "data.extend_vocab adds genes to a model that training starts from, and none is given (--checkpoint)."
+                "\nA new model takes its genes from data.gene_vocab; from_data is all genes of the data."
+            )
+        return None
+    given = load_model(checkpoint)
+    if given.labels is not None:
+        log.info("The head that predicts '%s' stays behind: pretraining has no use for it.", given.labels.key)
+    return given
 
 
 def _start(
