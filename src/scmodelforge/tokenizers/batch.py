@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -67,3 +68,22 @@ def tensors_to(batch: object, device: torch.device | str, non_blocking: bool = F
         for field in fields(batch)  # type: ignore[arg-type]
         if isinstance(value := getattr(batch, field.name), torch.Tensor | TokenBatch)
     }
+
+
+def keep_tokens(tokens: TokenBatch, kept: np.ndarray, pad_id: int) -> TokenBatch:
+    """`tokens` on the CPU with only the real ones where `kept` (bool (n_cells, length)), moved to the left."""
+    kept = kept & (np.arange(kept.shape[1]) < tokens.lengths.numpy()[:, None])
+    lengths = kept.sum(axis=1)
+    length = max(int(lengths.max(initial=0)), 1)
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :length]
+    real = np.arange(length) < lengths[:, None]
+    ids = np.where(real, np.take_along_axis(tokens.input_ids.numpy(), order, axis=1), pad_id)
+    values = np.where(real, np.take_along_axis(tokens.values.numpy(), order, axis=1), np.float32(0))
+    return replace(
+        tokens,
+        input_ids=torch.from_numpy(ids),
+        values=torch.from_numpy(values),
+        lengths=torch.from_numpy(lengths.astype(np.int64)),
+        has_padding=bool((lengths < length).any()),
+        left_out=None,
+    )

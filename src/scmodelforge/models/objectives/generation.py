@@ -12,7 +12,7 @@ from scmodelforge.data.random import philox
 from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms
 from scmodelforge.models.objectives.masked import MaskedPrediction
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.batch import TokenBatch, keep_tokens
 
 if TYPE_CHECKING:
     from scmodelforge.models.generative import GenerativeTransformer
@@ -29,45 +29,27 @@ class ExpressionGeneration(MaskedPrediction):
     """
 
     def corrupt(self, tokens: TokenBatch, seed: int, epoch: int, batch_seed: int = 0) -> TrainingBatch:
-        """Split the genes of each cell; a pure function of (seed, epoch, cell, position)."""
-        ids, values = tokens.input_ids.numpy(), tokens.values.numpy()
+        """Split the genes of each cell; a pure function of (seed, epoch, cell, gene)."""
+        ids = tokens.input_ids.numpy()
         cell = tokens.cell_index.numpy()[:, None].astype(np.uint64)
-        draw, *_ = philox(
-            seed,
-            (cell & np.uint64(0xFFFFFFFF)).astype(np.uint32),
-            (cell >> np.uint64(32)).astype(np.uint32),
-            np.arange(ids.shape[1], dtype=np.uint32)[None, :],
-            np.uint32(epoch),
-        )
+        key = (cell & np.uint64(0xFFFFFFFF), cell >> np.uint64(32))
+        draw = philox(seed, *key, ids, np.uint32(epoch))[0].astype(np.int64)
         is_gene = ids >= self.vocab.first_gene_token
         n_generated = (is_gene.sum(axis=1) * self.config.model.objective.generated_share).astype(np.int64)
-        place = np.argsort(np.where(is_gene, draw.astype(np.int64), 2**32), axis=1, kind="stable")
+        order = np.argsort(np.where(is_gene, draw, 2**32), axis=1, kind="stable")
         generated = np.empty(ids.shape, dtype=bool)
-        np.put_along_axis(generated, place, np.arange(ids.shape[1]) < n_generated[:, None], axis=1)
+        np.put_along_axis(generated, order, np.arange(ids.shape[1]) < n_generated[:, None], axis=1)
 
-        lengths = tokens.lengths.numpy() - n_generated
-        to_left = np.argsort(generated, axis=1, kind="stable")[:, : max(int(lengths.max(initial=0)), 1)]
-        queries_to_left = np.argsort(~generated, axis=1, kind="stable")[:, : max(int(n_generated.max(initial=0)), 1)]
-        is_query = np.arange(queries_to_left.shape[1]) < n_generated[:, None]
-        queries = np.where(is_query, np.take_along_axis(ids, queries_to_left, axis=1), self.vocab.pad_id)
-        answers = np.take_along_axis(values, queries_to_left, axis=1)[is_query]
-        perceived = np.arange(to_left.shape[1]) < lengths[:, None]
-        shown_ids = np.where(perceived, np.take_along_axis(ids, to_left, axis=1), self.vocab.pad_id)
-        shown_values = np.where(perceived, np.take_along_axis(values, to_left, axis=1), np.float32(0))
+        queries = keep_tokens(tokens, generated, self.vocab.pad_id)
+        asked = np.flatnonzero(np.arange(queries.input_ids.shape[1]) < n_generated[:, None])
         return TrainingBatch(
-            tokens=replace(
-                tokens,
-                input_ids=torch.from_numpy(shown_ids),
-                values=torch.from_numpy(shown_values),
-                lengths=torch.from_numpy(lengths),
-                has_padding=bool((lengths < to_left.shape[1]).any()),
-            ),
-            asked=torch.from_numpy(np.flatnonzero(is_query)),
-            genes=torch.from_numpy(queries[is_query]),
-            values=torch.from_numpy(answers),
+            tokens=keep_tokens(tokens, ~generated, self.vocab.pad_id),
+            asked=torch.from_numpy(asked),
+            genes=queries.input_ids.flatten()[asked],
+            values=queries.values.flatten()[asked],
             n_tokens=int(tokens.lengths.sum()),
             seed=batch_seed,
-            queries=torch.from_numpy(queries),
+            queries=queries.input_ids,
         )
 
     def __call__(self, model: GenerativeTransformer, batch: TrainingBatch) -> ModelOutput:  # type: ignore[override]
