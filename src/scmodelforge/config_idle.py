@@ -167,9 +167,8 @@ def _of_objective(config: Config) -> Iterator[tuple[str, str]]:
     if architecture != "masked_autoencoder":
         yield "model.objective.zero_mask_ratio", "it belongs to masked_autoencoder"
     if not (causal and task == "expression_reconstruction"):
-        yield (
-            "model.objective.generated_share",
-            "it belongs to autoregressive_transformer with expression_reconstruction",
-        )
+        for key in ("generated_share", "second_pass_weight"):
+            why = "it belongs to autoregressive_transformer with expression_reconstruction"
+            yield f"model.objective.{key}", why
     if not objective.ecs_weight:
         yield "model.objective.ecs_threshold", "model.objective.ecs_weight is 0"

@@ -75,6 +75,7 @@ def named(tree: dict[str, Any]) -> list[str]:
         ({}, "model.objective.reference", True),
         (SCGPT, "model.objective.zero_mask_ratio", 0.1),
         (SCGPT, "model.objective.generated_share", 0.1),
+        (SCGPT, "model.objective.second_pass_weight", 0.1),
         ({}, "model.objective.ecs_threshold", 0.1),
         ({}, "training.wandb_project", "mine"),
         ({"training": {"scheduler": {"name": "constant"}}}, "training.scheduler.min_lr_ratio", 0.1),

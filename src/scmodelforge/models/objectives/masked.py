@@ -172,7 +172,8 @@ def term_names(config: Config) -> tuple[str, ...]:
         "gene": task != "expression_reconstruction",
         "expression": task != "masked_gene_prediction",
         "nonzero": objective.zero_probability,
-        "second_pass": objective.second_pass_weight,
+        "second_pass": objective.second_pass_weight
+        and config.model.architecture == "autoregressive_transformer",
         "cell_expression": objective.cell_weight,
         "cell_nonzero": objective.cell_weight and objective.zero_probability,
         "ecs": objective.ecs_weight,
