@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from scmodelforge.errors import ModelError, UserError
@@ -208,3 +209,61 @@ def test_a_model_that_is_no_bert_is_not_exported(pretrained, tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"model\.norm is 'pre', not 'post'"):
         export_model(pretrained.model, "huggingface-bert", tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a tiny Geneformer V2."""
+    folder = tmp_path_factory.mktemp("imported")
+    geneformer_folder(folder / "published")
+    return save_bundle(import_model("geneformer", folder / "published"), folder / "model")
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    path = tmp_path / "cells.h5ad"
+    marker_cells(90).write_h5ad(path)
+    return path
+
+
+def config_file(path: Path, cells: Path, **training: object) -> Path:
+    settings = {
+        "data": {"paths": [str(cells)], "split": {"val_split": 0.25}},
+        "training": {
+            "max_epochs": 1,
+            "num_gpus": 0,
+            "batch_size": 30,
+            "run_dir": str(path.parent / path.stem),
+        }
+        | training,
+        "eval": {"benchmarks": [{"name": "linear_probe", "params": {"n_splits": 1}}]},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_an_import_is_embedded_and_benchmarked(imported: Path, cells: Path, tmp_path: Path) -> None:
+    done("embed", "--model", imported, "--data", cells, "--output", tmp_path / "out.h5ad")
+    config = config_file(tmp_path / "run.yaml", cells)
+    answer = done("benchmark", "--config", config, "--model", imported, "--data", cells)
+    assert "untrained" in answer.out
+
+
+def test_an_import_is_fine_tuned_and_annotates(imported: Path, cells: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "run.yaml", cells)
+    done("finetune", "--config", config, "--checkpoint", imported)
+    model = tmp_path / "run" / "model"
+    done("annotate", "--model", model, "--data", cells, "--output", tmp_path / "out.h5ad")
+    answer = done("export", "--model", model, "--to", "huggingface-bert", tmp_path / "bert")
+    assert "cell_type" in answer.err
+    transformers.BertForMaskedLM.from_pretrained(tmp_path / "bert")
+
+
+def test_training_goes_on_from_an_import(imported: Path, cells: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path / "run.yaml", cells)
+    again = ("train", "--config", config, "--checkpoint", imported)
+    done(*again)
+    model = load_model(tmp_path / "run" / "model")
+    assert model.vocab.fingerprint == load_model(imported).vocab.fingerprint
+    done(*again, "--set", "training.max_epochs=2", "--resume", tmp_path / "run" / "checkpoints" / "last.ckpt")
+    refused(*again, "--set", "model.num_layers=5", words=("model.num_layers",))
