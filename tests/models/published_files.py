@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from scmodelforge.config import Config
+from scmodelforge.models.bundle import ModelBundle, build_model
+from scmodelforge.models.published import export_model
+from tests.helpers import make_vocab
+
+TINY = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "gene_head_dim": 12}
 GENES = [f"ENSG{i:011d}" for i in range(40)]  # those of helpers.marker_cells
 SPECIALS = {"v1": ["<pad>", "<mask>"], "v2": ["<pad>", "<mask>", "<cls>", "<eos>"]}
 SERIES = {"v1": "", "v2": "_gc104M"}
@@ -63,3 +70,15 @@ def geneformer_folder(
         torch.save(state, folder / weights)
         (folder / "config.json").write_text(json.dumps(bert.config.to_dict()))
     return bert
+
+
+def preset_folder(folder: Path, preset: str, **model: object) -> None:
+    """Write a tiny model of a preset, with random weights, as the authors of its family do."""
+    config = Config.model_validate(
+        {"model": {"preset": preset} | TINY | model, "tokenizer": {"max_genes": 32}}
+    )
+    vocab = make_vocab(40, layout=config.tokenizer.vocab_layout)
+    vocab = replace(vocab, symbols=vocab.gene_ids)  # scGPT knows genes by one name
+    vocab = vocab.with_obs_categories({column: ["10x"] for column in config.obs_columns})
+    bundle = ModelBundle(config, vocab, build_model(config, vocab, seed=1).eval())
+    export_model(bundle, preset.partition("-")[0], folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
 from tests.helpers import make_cells, marker_cells
 from tests.journeys.command import done, refused
-from tests.models.published_files import GENES, SPECIALS, geneformer_folder
+from tests.models.published_files import GENES, SPECIALS, geneformer_folder, preset_folder
 
 transformers = pytest.importorskip("transformers", reason="needs the dev extra (transformers)")
 
@@ -211,12 +212,17 @@ def test_a_model_that_is_no_bert_is_not_exported(pretrained, tmp_path: Path) -> 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model folder of a tiny Geneformer V2."""
+@pytest.fixture(scope="module", params=["geneformer", "scgpt", "transcriptformer"])
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a tiny model of each family."""
     folder = tmp_path_factory.mktemp("imported")
-    geneformer_folder(folder / "published")
-    return save_bundle(import_model("geneformer", folder / "published"), folder / "model")
+    if request.param == "geneformer":
+        geneformer_folder(folder / "published")
+    elif request.param == "scgpt":
+        preset_folder(folder / "published", "scgpt-human")
+    else:
+        preset_folder(folder / "published", "transcriptformer-sapiens", gene_embedding_dim=6)
+    return save_bundle(import_model(request.param, folder / "published"), folder / "model")
 
 
 @pytest.fixture
@@ -254,9 +260,6 @@ def test_an_import_is_fine_tuned_and_annotates(imported: Path, cells: Path, tmp_
     done("finetune", "--config", config, "--checkpoint", imported)
     model = tmp_path / "run" / "model"
     done("annotate", "--model", model, "--data", cells, "--output", tmp_path / "out.h5ad")
-    answer = done("export", "--model", model, "--to", "huggingface-bert", tmp_path / "bert")
-    assert "cell_type" in answer.err
-    transformers.BertForMaskedLM.from_pretrained(tmp_path / "bert")
 
 
 def test_training_goes_on_from_an_import(imported: Path, cells: Path, tmp_path: Path) -> None:
@@ -267,3 +270,24 @@ def test_training_goes_on_from_an_import(imported: Path, cells: Path, tmp_path: 
     assert model.vocab.fingerprint == load_model(imported).vocab.fingerprint
     done(*again, "--set", "training.max_epochs=2", "--resume", tmp_path / "run" / "checkpoints" / "last.ckpt")
     refused(*again, "--set", "model.num_layers=5", words=("model.num_layers",))
+
+
+def test_a_fine_tuned_import_goes_back_without_its_head(annotator, tmp_path: Path) -> None:
+    geneformer_folder(tmp_path / "published")
+    bundle = import_model("geneformer", tmp_path / "published")
+    tuned = replace(bundle, labels=annotator.model.labels, head=annotator.model.head)
+    answer = done(
+        "export", "--model", save_bundle(tuned, tmp_path / "m"), "--to", "huggingface-bert", tmp_path / "bert"
+    )
+    assert "cell_type" in answer.err
+    transformers.BertForMaskedLM.from_pretrained(tmp_path / "bert")
+
+
+@pytest.mark.parametrize("family", ["scgpt", "transcriptformer"])
+def test_the_other_families_make_the_round_trip(family: str, tmp_path: Path) -> None:
+    preset = {"scgpt": "scgpt-human", "transcriptformer": "transcriptformer-sapiens"}[family]
+    preset_folder(tmp_path / "a", preset, **({"gene_embedding_dim": 6} if family != "scgpt" else {}))
+    bundle = import_model(family, tmp_path / "a")
+    again = import_model(family, export_model(bundle, family, tmp_path / "b"))
+    assert again.vocab.fingerprint == bundle.vocab.fingerprint
+    assert all(map(torch.equal, bundle.model.state_dict().values(), again.model.state_dict().values()))
