@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.models.bundle import ModelBundle as ModelBundle
     from scmodelforge.models.bundle import load_model as load_model
     from scmodelforge.models.bundle import save_bundle as save_bundle
+    from scmodelforge.models.published import export_model as export_model
+    from scmodelforge.models.published import import_model as import_model
     from scmodelforge.training.run import train as train
 
 
@@ -36,7 +38,9 @@ _HOME = {
     "benchmark": "evaluation.harness",
     "check": "data.check",
     "embed": "inference",
+    "export_model": "models.published",
     "finetune": "finetuning.run",
+    "import_model": "models.published",
     "load_config": "config_io",
     "load_model": "models.bundle",
     "save_bundle": "models.bundle",

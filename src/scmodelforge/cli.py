@@ -271,10 +271,9 @@ def export(
     to: Annotated[str, typer.Option("--to", help="huggingface-bert, scgpt or transcriptformer.")],
 ) -> None:
     """Write a model as the authors of its family do."""
-    from scmodelforge.models.bundle import load_model
     from scmodelforge.models.published import export_model
 
-    print(f"Written: {export_model(load_model(model), to, folder)}")
+    print(f"Written: {export_model(model, to, folder)}")
 
 
 @app.command()

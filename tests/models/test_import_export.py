@@ -152,6 +152,11 @@ def dictionary(folder: Path, stem: str, **changes: object) -> None:
             "fine-tuned",
         ),
         (lambda f: changed_json(f / "config.json", vocab_size=99), "different models"),
+        (lambda f: changed_json(f / "config.json", num_attention_heads=3), "divisible"),
+        (
+            lambda f: (f / "token_dictionary_gc104M.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR."),
+            "os.system",
+        ),
         (lambda f: changed_json(f / "config.json", model_type="llama"), "BERT"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "model.safetensors").unlink(), "no weights"),

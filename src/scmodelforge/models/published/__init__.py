@@ -56,11 +56,13 @@ def import_model(family: str, folder: str | Path, dictionaries: str | Path | Non
     return _module(family).read_published(folder, **options)
 
 
-def export_model(bundle: ModelBundle, kind: str, folder: str | Path) -> Path:
+def export_model(model: ModelBundle | str | Path, kind: str, folder: str | Path) -> Path:
     """Write a model as the authors of a family do; the folder is written whole or not at all.
 
     Parameters
     ----------
+    model
+        What `load_model` returned, or the path of a checkpoint or model folder.
     kind
         One of `FORMATS`.
     folder
@@ -73,6 +75,9 @@ def export_model(bundle: ModelBundle, kind: str, folder: str | Path) -> Path:
     """
     if kind not in FORMATS:
         raise UserError(f"There is no format '{kind}' to export to; there are {', '.join(FORMATS)}.")
+    from scmodelforge.models.bundle import load_model  # loads torch
+
+    bundle = load_model(model) if isinstance(model, str | Path) else model
     with new_folder(folder) as temporary:
         _module(FORMATS[kind]).write_published(bundle, temporary)
     return Path(folder)

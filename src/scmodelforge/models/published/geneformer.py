@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from scmodelforge.config import Config
@@ -146,7 +147,10 @@ def read_published(folder: Path, dictionaries: Path | None = None) -> ModelBundl
             f"'{token_file}' has {vocab.n_tokens:,} tokens and the model in '{folder}' {settings['vocab_size']:,}: "
             f"they belong to different models. {WHERE}"
         )
-    config = _config(settings, vocab, token_file, median_file)
+    try:
+        config = _config(settings, vocab, token_file, median_file)
+    except ValidationError as error:
+        raise ModelError(f"'{folder / 'config.json'}' cannot be used: {error.errors()[0]['msg']}") from error
     weights = next(
         (path for name in ("model.safetensors", "pytorch_model.bin") if (path := folder / name).is_file()),
         None,

@@ -77,8 +77,10 @@ def read_json(path: Path) -> Any:
     _require_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"'{path}' is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ModelError(f"'{path}' cannot be read: {error.strerror}.") from error
 
 
 def read_pickle(path: Path) -> Any:
