@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from scmodelforge import registry
+from scmodelforge.config_misfit import misfit
 from scmodelforge.config_model import ModelConfig
 from scmodelforge.config_presets import PRESETS
 from scmodelforge.config_section import Section
@@ -462,79 +463,3 @@ def _laid_under(values: Any, defaults: dict[str, Any]) -> Any:
         for key, default in defaults.items()
     }
     return {**below, **{k: v for k, v in values.items() if not isinstance(defaults.get(k), dict)}}
-
-
-def misfit(config: Config) -> str:
-    """Say which settings contradict each other across sections; "" if none do."""
-    model, tokenizer, objective = config.model, config.tokenizer, config.model.objective
-    embedding, loss = config.value_embedding, config.value_loss
-    causal = model.architecture == "autoregressive_transformer"
-    if tokenizer.strategy == "rank_value" and embedding != "none":
-        return f"value_embedding is '{embedding}' in model, but tokenizer.strategy rank_value carries ranks: set none"
-    if embedding == "category" and tokenizer.strategy != "binned_expression":
-        return "value_embedding category in model needs bins: tokenizer.strategy binned_expression"
-    if loss == "cross_entropy" and tokenizer.strategy != "binned_expression":
-        return "model.objective.value_loss cross_entropy needs bins: tokenizer.strategy binned_expression"
-    if loss == "zero_truncated_poisson" and not (
-        causal and config.carries_counts and model.pretraining_task == "dual_prediction"
-    ):
-        return (
-            "model.objective.value_loss zero_truncated_poisson needs counts and a causal model: tokenizer.strategy "
-            "continuous_projection, data.preprocessing normalize: none and log1p: false, model.architecture "
-            "autoregressive_transformer and pretraining_task dual_prediction"
-        )
-    if model.count_bias and not (causal and config.carries_counts):
-        return (
-            "model.count_bias needs an autoregressive_transformer on counts: tokenizer.strategy "
-            "continuous_projection and data.preprocessing normalize: none, log1p: false"
-        )
-    if causal and not tokenizer.prepend_cls:
-        return "tokenizer.prepend_cls must be true for an autoregressive model, which starts from <cls>"
-    if problem := _next_gene_misfit(config):
-        return problem
-    if model.architecture == "masked_autoencoder" and embedding not in ("soft_bins", "continuous"):
-        return f"value_embedding '{embedding}' in model does not fit masked_autoencoder: use soft_bins or continuous"
-    if model.architecture == "masked_autoencoder" and tokenizer.include_zero_genes:
-        return "tokenizer.include_zero_genes: the encoder of a masked_autoencoder reads expressed genes only"
-    if model.architecture == "masked_autoencoder" and objective.batch_labels:
-        return "model.objective.batch_labels: the decoder of a masked_autoencoder is not told the batch"
-    if tokenizer.vocab_layout == "scgpt" and tokenizer.append_eos:
-        return "tokenizer.append_eos: the vocab_layout scgpt has no <eos>"
-    if objective.zero_probability and model.pretraining_task != "expression_reconstruction":
-        return "model.objective.zero_probability belongs to pretraining_task expression_reconstruction"
-    if model.architecture == "masked_autoencoder" and objective.zero_probability:
-        return "model.objective.zero_probability: a masked_autoencoder has no such head"
-    if objective.zero_probability and not tokenizer.include_zero_genes:
-        return "model.objective.zero_probability needs zeros in the input: tokenizer.include_zero_genes: true"
-    return ""
-
-
-def _next_gene_misfit(config: Config) -> str:
-    model, tokenizer, objective = config.model, config.tokenizer, config.model.objective
-    if model.architecture != "autoregressive_transformer" or model.pretraining_task == "expression_reconstruction":
-        return ""
-    if model.pooling == "cls":
-        return (
-            "model.pooling cls does not fit an autoregressive model: <cls> comes first and has seen no gene; use mean "
-            "or window"
-        )
-    if objective.reference and tokenizer.append_eos:
-        return (
-            "model.objective.reference puts <eos> at the end of a full window by itself: set "
-            "tokenizer.append_eos: false"
-        )
-    if config.value_loss == "zero_truncated_poisson" and tokenizer.include_zero_genes:
-        return (
-            "model.objective.value_loss zero_truncated_poisson is about counts from 1 on: set "
-            "tokenizer.include_zero_genes: false"
-        )
-    if objective.batch_labels and (
-        config.value_loss == "zero_truncated_poisson" or model.pretraining_task == "next_gene"
-    ):
-        return "model.objective.batch_labels: this model has no expression head that could be told the batch"
-    if objective.cell_weight or objective.ecs_weight or objective.batch_weight:
-        return (
-            "model.objective: cell_weight, ecs_weight and batch_weight belong to models that see the whole cell; an "
-            "autoregressive model has them with pretraining_task expression_reconstruction only"
-        )
-    return ""

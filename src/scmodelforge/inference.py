@@ -23,7 +23,7 @@ from anndata.io import write_elem
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.loader import BatchLoader
-from scmodelforge.data.store import CellStore, open_store
+from scmodelforge.data.store import CellStore, obs_categories, open_store
 from scmodelforge.errors import DataError, ModelError
 from scmodelforge.files import atomic_path, ensure_target
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
@@ -31,7 +31,6 @@ from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_mod
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.base import Tokenizer, build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
-from scmodelforge.training.data import obs_categories
 
 log = logging.getLogger(__name__)
 

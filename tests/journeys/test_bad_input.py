@@ -398,7 +398,10 @@ YAML = {
             "must be less than 1, not 1.2",
         ),
     ),
-    "unknown strategy": ("tokenizer: {strategy: rank_values}\n", ("does not exist", "Did you mean 'rank_value'")),
+    "unknown strategy": (
+        "tokenizer: {strategy: rank_values}\n",
+        ("does not exist", "Did you mean 'rank_value'"),
+    ),
     "what does not fit together": (
         "tokenizer: {strategy: binned_expression}\nmodel: {architecture: masked_autoencoder}\n",
         ("do not fit together", "Nearest that works", "expression_reconstruction"),

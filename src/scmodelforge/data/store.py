@@ -199,6 +199,23 @@ def open_store(
     return store
 
 
+def obs_categories(obs: pd.DataFrame, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The categories of obs columns, ascending.
+
+    Raises
+    ------
+    DataError
+        If there is no such column.
+    """
+    for column in columns:
+        if column not in obs:
+            raise DataError(
+                f"tokenizer.obs_tokens and model.objective.batch_key name the obs column '{column}', which no file "
+                f"has; there are: {', '.join(map(str, obs.columns[:20])) or 'none'}."
+            )
+    return {column: tuple(sorted(obs[column].dropna().astype(str).unique())) for column in columns}
+
+
 def warn_if_few(matrix: Matrix, match: GeneMatch, vocab: GeneVocab, share: float) -> None:
     """Warn, with the likely cause, where much of a file's counts is outside the vocabulary."""
     if share < FEW:

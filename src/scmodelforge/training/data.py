@@ -9,14 +9,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 
 from scmodelforge.config import Config
 from scmodelforge.data.h5ad import open_matrix
 from scmodelforge.data.preprocess import gene_medians, select_hvg
 from scmodelforge.data.split import split_cells
-from scmodelforge.data.store import CellStore, open_store
+from scmodelforge.data.store import CellStore, obs_categories, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
 from scmodelforge.models.bundle import ModelBundle
@@ -151,23 +150,6 @@ def prepare_given(
     prepared = prepare_data(config, data, given.vocab)
     vocab = measure_new_medians(given.vocab, n_genes, prepared.store, prepared.train_rows, config)
     return replace(given, vocab=vocab), replace(prepared, vocab=vocab)
-
-
-def obs_categories(obs: pd.DataFrame, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The categories of obs columns, ascending.
-
-    Raises
-    ------
-    DataError
-        If there is no such column.
-    """
-    for column in columns:
-        if column not in obs:
-            raise DataError(
-                f"tokenizer.obs_tokens and model.objective.batch_key name the obs column '{column}', which no file "
-                f"has; there are: {', '.join(map(str, obs.columns[:20])) or 'none'}."
-            )
-    return {column: tuple(sorted(obs[column].dropna().astype(str).unique())) for column in columns}
 
 
 def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:

@@ -1,0 +1,138 @@
+"""Settings that are right by themselves and contradict each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scmodelforge.config import Config
+
+
+def misfit(config: Config) -> str:
+    """Say the first thing that does not fit together across sections; "" if all does."""
+    for rules in (_values, _causal, _autoencoder, _objective):
+        if problem := next((text for wrong, text in rules(config) if wrong), ""):
+            return problem
+    return ""
+
+
+def _values(config: Config) -> list[tuple[bool, str]]:
+    model, tokenizer = config.model, config.tokenizer
+    embedding, loss = config.value_embedding, config.value_loss
+    ranks, bins = tokenizer.strategy == "rank_value", tokenizer.strategy == "binned_expression"
+    causal = model.architecture == "autoregressive_transformer"
+    counts = causal and config.carries_counts
+    return [
+        (
+            ranks and embedding != "none",
+            f"value_embedding is '{embedding}' in model, but tokenizer.strategy rank_value carries ranks: set none",
+        ),
+        (
+            embedding == "category" and not bins,
+            "value_embedding category in model needs bins: tokenizer.strategy binned_expression",
+        ),
+        (
+            embedding == "none" and model.pretraining_task == "expression_reconstruction",
+            "value_embedding none in model: expression_reconstruction tells hidden values from visible ones, so they "
+            "must enter the model",
+        ),
+        (
+            loss == "cross_entropy" and not bins,
+            "model.objective.value_loss cross_entropy needs bins: tokenizer.strategy binned_expression",
+        ),
+        (
+            loss == "zero_truncated_poisson" and not (counts and model.pretraining_task == "dual_prediction"),
+            "model.objective.value_loss zero_truncated_poisson needs counts and a causal model: tokenizer.strategy "
+            "continuous_projection, data.preprocessing normalize: none and log1p: false, model.architecture "
+            "autoregressive_transformer and pretraining_task dual_prediction",
+        ),
+        (
+            loss == "zero_truncated_poisson" and tokenizer.include_zero_genes,
+            "model.objective.value_loss zero_truncated_poisson is about counts from 1 on: set "
+            "tokenizer.include_zero_genes: false",
+        ),
+        (
+            model.count_bias and not (counts and model.pretraining_task != "expression_reconstruction"),
+            "model.count_bias needs an autoregressive_transformer on counts: tokenizer.strategy continuous_projection, "
+            "data.preprocessing normalize: none and log1p: false, and pretraining_task next_gene or dual_prediction",
+        ),
+        (
+            tokenizer.vocab_layout == "scgpt" and tokenizer.append_eos,
+            "tokenizer.append_eos: the vocab_layout scgpt has no <eos>",
+        ),
+    ]
+
+
+def _causal(config: Config) -> list[tuple[bool, str]]:
+    model, tokenizer, objective = config.model, config.tokenizer, config.model.objective
+    if model.architecture != "autoregressive_transformer":
+        return []
+    rules = [
+        (
+            not tokenizer.prepend_cls,
+            "tokenizer.prepend_cls must be true for an autoregressive model, which starts from <cls>",
+        )
+    ]
+    if model.pretraining_task == "expression_reconstruction":
+        return rules
+    return [
+        *rules,
+        (
+            model.pooling == "cls",
+            "model.pooling cls does not fit an autoregressive model: <cls> comes first and has seen no gene; use mean "
+            "or window",
+        ),
+        (
+            objective.reference and tokenizer.append_eos,
+            "model.objective.reference puts <eos> at the end of a full window by itself: set "
+            "tokenizer.append_eos: false",
+        ),
+        (
+            objective.batch_labels
+            and (config.value_loss == "zero_truncated_poisson" or model.pretraining_task == "next_gene"),
+            "model.objective.batch_labels: this model has no expression head that could be told the batch",
+        ),
+        (
+            bool(objective.cell_weight or objective.ecs_weight or objective.batch_weight),
+            "model.objective: cell_weight, ecs_weight and batch_weight belong to models that see the whole cell; an "
+            "autoregressive model has them with pretraining_task expression_reconstruction only",
+        ),
+    ]
+
+
+def _autoencoder(config: Config) -> list[tuple[bool, str]]:
+    objective, embedding = config.model.objective, config.value_embedding
+    if config.model.architecture != "masked_autoencoder":
+        return []
+    return [
+        (
+            embedding not in ("soft_bins", "continuous"),
+            f"value_embedding '{embedding}' in model does not fit masked_autoencoder: use soft_bins or continuous",
+        ),
+        (
+            config.tokenizer.include_zero_genes,
+            "tokenizer.include_zero_genes: the encoder of a masked_autoencoder reads expressed genes only",
+        ),
+        (
+            objective.batch_labels,
+            "model.objective.batch_labels: the decoder of a masked_autoencoder is not told the batch",
+        ),
+        (
+            objective.zero_probability,
+            "model.objective.zero_probability: a masked_autoencoder has no such head",
+        ),
+    ]
+
+
+def _objective(config: Config) -> list[tuple[bool, str]]:
+    model, objective = config.model, config.model.objective
+    return [
+        (
+            objective.zero_probability and model.pretraining_task != "expression_reconstruction",
+            "model.objective.zero_probability belongs to pretraining_task expression_reconstruction",
+        ),
+        (
+            objective.zero_probability and not config.tokenizer.include_zero_genes,
+            "model.objective.zero_probability needs zeros in the input: tokenizer.include_zero_genes: true",
+        ),
+    ]
