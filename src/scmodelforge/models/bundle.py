@@ -337,7 +337,7 @@ def _model_card(bundle: ModelBundle, notes: str) -> str:
         f"- Genes: {vocab.n_genes:,} ({vocab.name}, species {vocab.species}), fingerprint {vocab.fingerprint[:16]}",
         f"- Model: {config.model.num_layers} layers × {config.model.hidden_dim}, {config.model.num_heads} heads",
         f"- Pretraining task: {config.model.pretraining_task}",
-        f"- Data: {', '.join(Path(path).name for path in config.data.paths) or 'in memory'}",
+        f"- Data: {', '.join(Path(path).name for path in config.data.paths) or 'in memory, or not named'}",
     ]
     if bundle.labels is not None:
         lines.append(f"- Predicts: {bundle.labels.key} ({bundle.labels.task})")
