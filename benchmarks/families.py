@@ -70,7 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 SHARED: dict[str, Any] = {
     "data": {
-        "preprocessing": {"hvg": {"n_top_genes": 4000, "flavor": "cell_ranger"}},
+        "preprocessing": {"hvg": {"n_top_genes": 2000, "flavor": "cell_ranger"}},
         "split": {"val_split": 0.05},
     },
     "tokenizer": {"max_genes": 160},
@@ -78,7 +78,7 @@ SHARED: dict[str, Any] = {
     "training": {
         "batch_size": 64,
         "log_every_n_steps": 5,
-        "optimizer": {"lr": 2e-3, "weight_decay": 0.01},
+        "optimizer": {"lr": 3e-3, "weight_decay": 0.01},
     },
 }
 
