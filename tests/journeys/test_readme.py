@@ -13,6 +13,7 @@ import anndata
 import pytest
 import torch
 
+from tests.helpers import marker_cells
 from tests.journeys.command import done, sets
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +38,7 @@ def blocks(language: str) -> list[str]:
 def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(cells, "cells.h5ad")
-    (block,) = blocks("bash")
-    commands = [shlex.split(line)[1:] for line in block.splitlines() if not line.startswith("#")]
+    commands = commands_of(blocks("bash")[0])
     assert [arguments[0] for arguments in commands] == [
         *(
             "check",
@@ -73,6 +73,35 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
     (snippet,) = blocks("python")
     exec(compile(snippet, "README.md", "exec"), names := {})
     assert "neighbors" in names["cells"].uns
+
+
+def commands_of(block: str) -> list[list[str]]:
+    """Arguments of each `scmodelforge` line."""
+    return [shlex.split(line)[1:] for line in block.splitlines() if not line.startswith("#")]
+
+
+def test_the_commands_about_published_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny folder with the published layout."""
+    pytest.importorskip("transformers", reason="needs the dev extra (transformers)")
+    from tests.models.published_files import geneformer_folder
+
+    monkeypatch.chdir(tmp_path)
+    geneformer_folder(Path("Geneformer-V2-104M"), "v2", dictionaries=Path("dictionaries"))
+    marker_cells().write_h5ad("cells.h5ad")
+    (_, block) = blocks("bash")
+    names = []
+    for arguments in commands_of(block):
+        names.append(arguments[0])
+        done(*arguments)
+    assert names == ["strategies", "import", "embed", "export"]
+    assert anndata.read_h5ad("embedded_gf104m.h5ad").obsm["X_scmodelforge"].shape[0] == 240
+    assert Path("gf104m-bert/model.safetensors").is_file()
+
+
+def test_the_families_of_the_readme_have_their_configs() -> None:
+    named = set(re.findall(r"`configs/(\w+\.yaml)`", README.partition("## Published models")[2]))
+    assert len(named) == 5
+    assert all((ROOT / "configs" / name).is_file() for name in named)
 
 
 def _without_sizes(config: Path) -> None:
