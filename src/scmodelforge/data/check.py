@@ -17,7 +17,7 @@ from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
 from scmodelforge.data.preprocess import QUANTILES
-from scmodelforge.data.state import locate, matrix_state, row_sums
+from scmodelforge.data.state import locate, matrix_state
 from scmodelforge.data.store import to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
@@ -148,7 +148,7 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
     states = {each.place: matrix_state(each) for each in matrices}
     counted = [each.layer for each in matrices if states[each.place].kind == "counts"]
 
-    cells = _full_pass(matrix, match, vocab)
+    cells = _full_pass(matrix, match)
     share = float(cells.inside / cells.library.sum()) if cells.library.sum() > 0 else 0.0
     problems = []
     if config.layer not in counted:
@@ -204,7 +204,7 @@ class _Cells:
     first_bad: str
 
 
-def _full_pass(matrix: Matrix, match: GeneMatch, vocab: GeneVocab) -> _Cells:
+def _full_pass(matrix: Matrix, match: GeneMatch) -> _Cells:
     library, n_genes = np.zeros(matrix.n_cells), np.zeros(matrix.n_cells, dtype=np.int32)
     inside, n_bad, first_bad = 0.0, 0, ""
     for start in range(0, matrix.n_cells, BLOCK_CELLS):
@@ -216,8 +216,10 @@ def _full_pass(matrix: Matrix, match: GeneMatch, vocab: GeneVocab) -> _Cells:
             first_bad = first_bad or locate(matrix, rows, block, bad)
             n_bad += int(bad.sum())
             block = block.keep(good)
-        mapped = to_vocabulary(block, match, vocab.n_genes)
-        library[rows], n_genes[rows] = row_sums(block), np.diff(mapped.indptr)
+        whole = to_vocabulary(block, np.arange(len(rows)), match.gene_index)
+        assert whole is not None  # only good entries are left
+        mapped, library[rows] = whole
+        n_genes[rows] = np.diff(mapped.indptr)
         inside += float(mapped.data.sum(dtype=np.float64))
     return _Cells(library, n_genes, inside, n_bad, first_bad)
 

@@ -134,11 +134,7 @@ class Matrix:
         DataError
             If the file is damaged there.
         """
-        rows = np.asarray(rows, dtype=np.int64)
-        try:
-            block = self._reader.take(rows)
-        except OSError as error:
-            raise _damaged(self.name, f"{self.place} cannot be read ({error})") from error
+        block = self._take(np.asarray(rows, dtype=np.int64))
         indices = block.indices
         if indices.size and (indices.min() < 0 or indices.max() >= self.n_genes):
             raise _damaged(self.name, f"{self.place} names a column outside of its {self.n_genes:,} genes")
@@ -147,6 +143,30 @@ class Matrix:
         )
         stored = block.data != 0
         return block if stored.all() else block.keep(stored)
+
+    def arrays(self, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """Return arrays that hold the given cells, as stored and unchecked, and their rows in them.
+
+        A matrix in memory, or mapped into it, is returned as it is (if the processor computes with its numbers); of
+        any other the rows are read. Callable from several threads.
+
+        Raises
+        ------
+        DataError
+            If the file is damaged there.
+        """
+        if isinstance(self._reader, Rows) and all(map(_computable, self._reader)):
+            return self._reader, rows
+        block = self._take(rows)
+        if not all(map(_computable, block)):
+            block = Rows(block.indptr, block.indices.astype(np.int32), block.data.astype(np.float32))
+        return block, np.arange(len(rows))
+
+    def _take(self, rows: np.ndarray) -> Rows:
+        try:
+            return self._reader.take(rows)
+        except OSError as error:
+            raise _damaged(self.name, f"{self.place} cannot be read ({error})") from error
 
     def close(self) -> None:
         """Close the file, so that it can be written; the matrix cannot be read after that."""
@@ -273,6 +293,11 @@ def _damaged(name: str, what: str) -> DataError:
     )
 
 
+def _computable(array: np.ndarray) -> bool:
+    """Whether compiled code takes it: of the machine's byte order, and no half precision."""
+    return array.dtype.isnative and array.dtype != np.float16
+
+
 # --- how each storage is read by rows -----------------------------------------------------------------
 
 
@@ -331,8 +356,23 @@ def _sparse_on_disk(group: h5py.Group, name: str, place: str) -> tuple[_Reader, 
     if not ends or (np.diff(indptr) < 0).any():
         raise _damaged(name, f"indptr of {place} does not fit its other arrays")
     storage = f"{kind.upper()}, {data.dtype}, {data.compression or 'uncompressed'}"
-    reader = _OnDisk(indptr, indices, data) if kind == "csr" else _Csc(indptr, indices, data, shape[0], name)
+    reader: _Reader
+    if kind == "csc":
+        reader = _Csc(indptr, indices, data, shape[0], name)
+    elif (columns := _mapped(indices)) is not None and (values := _mapped(data)) is not None:
+        reader, storage = Rows(indptr, columns, values), f"{storage}, contiguous"
+    else:
+        reader = _OnDisk(indptr, indices, data)
     return reader, (shape[0], shape[1]), storage
+
+
+def _mapped(dataset: h5py.Dataset) -> np.ndarray | None:
+    """Return the bytes of a contiguous dataset mapped into memory, None where they lie in chunks."""
+    offset = dataset.id.get_offset()  # None if chunked, compressed or not yet allocated
+    if offset is None or not dataset.dtype.isnative:
+        return None
+    mapped = np.memmap(dataset.file.filename, dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+    return mapped.view(np.ndarray)
 
 
 class _OnDisk:

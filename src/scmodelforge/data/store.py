@@ -12,12 +12,12 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
+from scmodelforge.data.kernels import cells_to_vocabulary
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
 from scmodelforge.genes.tables import SPECIES
@@ -118,9 +118,11 @@ class CellStore:
     def _read_file(self, file: int, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
         """Return vocabulary rows and counts of cells of one file, and their library sizes (float64)."""
         matrix = self.matrices[file]
-        block = matrix.read(rows)
-        state.require_finite(matrix, rows, block)
-        return to_vocabulary(block, self.matches[file], self.vocab.n_genes), state.row_sums(block)
+        mapped = to_vocabulary(*matrix.arrays(rows), self.matches[file].gene_index)
+        if mapped is None:
+            state.require_finite(matrix, rows, matrix.read(rows))  # says what is wrong where
+            raise AssertionError(f"{matrix.name}: nothing is wrong with rows that were refused")
+        return mapped
 
     def gene_report(self) -> pd.DataFrame:
         """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`."""
@@ -228,22 +230,27 @@ def warn_if_few(matrix: Matrix, match: GeneMatch, vocab: GeneVocab, share: float
         )
 
 
-def to_vocabulary(block: Rows, match: GeneMatch, n_genes: int) -> Rows:
-    """Map entries of a file to vocabulary rows: others dropped, duplicates summed, genes ascending.
+def to_vocabulary(held: Rows, places: np.ndarray, gene_index: np.ndarray) -> tuple[Rows, np.ndarray] | None:
+    """Map rows of a file to vocabulary genes: others dropped, duplicates summed, genes ascending.
+
+    Parameters
+    ----------
+    held, places
+        Arrays, and int64 (n) the rows in them, as `Matrix.arrays` returns them.
+    gene_index
+        `GeneMatch.gene_index`: the vocabulary gene of each column, -1 for none.
 
     Returns
     -------
-    indptr int64, indices int32 (rows of the vocabulary) and data float32.
+    Rows of n cells (int64, int32, float32), and their library sizes float64 (n) over all columns; None if a column
+    lies outside of the file's genes, or a count is negative or not finite.
     """
-    genes = match.gene_index[block.indices]
-    block = Rows(block.indptr, genes, block.data).keep(genes >= 0)
-    mapped = sparse.csr_matrix(
-        (block.data, block.indices, block.indptr), shape=(len(block.indptr) - 1, n_genes)
-    )
-    if not mapped.has_canonical_format:
-        mapped = mapped.tocsc().tocsr()  # a counting sort, several times faster than sorting
-        mapped.sum_duplicates()
-    return Rows(mapped.indptr.astype(np.int64), mapped.indices.astype(np.int32, copy=False), mapped.data)
+    n_entries = int((held.indptr[places + 1] - held.indptr[places]).sum())
+    indptr, library_size = np.empty(len(places) + 1, np.int64), np.empty(len(places))
+    genes, counts = np.empty(n_entries, np.int32), np.empty(n_entries, np.float32)
+    if not cells_to_vocabulary(*held, places, gene_index, indptr, genes, counts, library_size):
+        return None
+    return Rows(indptr, genes[: indptr[-1]], counts[: indptr[-1]]), library_size
 
 
 def _concatenate(parts: Sequence[Rows]) -> Rows:
