@@ -214,6 +214,44 @@ def tokens(
 
 
 @app.command()
+def shard(
+    config: ConfigOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for the shards.")] = None,
+    obs_columns: Annotated[
+        list[str] | None, typer.Option("--obs-column", help="Keep only this obs column (repeatable).")
+    ] = None,
+    cells_per_shard: Annotated[int, typer.Option("--cells-per-shard", min=1)] = 100_000,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Files side by side.")] = 1,
+    verify: Annotated[Path | None, typer.Option("--verify", help="Check the shards in this folder.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Convert the files of a config into shards that are mapped into memory, or verify such shards."""
+    from scmodelforge.data.shards import verify_shards
+
+    if verify is not None:
+        if problems := verify_shards(verify):
+            raise UserError("\n".join(problems) + "\nDelete them and start 'scmodelforge shard' again.")
+        print(f"All shards in {verify} are whole.")
+        return
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(_needed(config, "shard"), set_ or [], ("data",), require_data=True)
+    if output is None:
+        raise UserError("Say where to write: --output DIR.")
+    from scmodelforge.data.shards import write_shards
+    from scmodelforge.training.data import vocabulary_of
+
+    vocab = vocabulary_of(settings)
+    records = write_shards(
+        settings.data.paths, vocab, settings.data, output, obs_columns, cells_per_shard, processes
+    )
+    print(
+        f"{sum(record.n_cells for record in records):,} cells in {len(records):,} shards: {output}\n"
+        f"Train on them with data.paths: ['{output}/*.h5ad']"
+    )
+
+
+@app.command()
 def init(
     data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
     output: Annotated[Path, typer.Option("--output", help="YAML file to write.")] = Path("config.yaml"),

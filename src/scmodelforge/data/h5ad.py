@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | Path | ad.AnnData
 
+LIBRARY_SIZE = "scmodelforge_library_size"  # obs column of shards: counts over all genes that were measured
 CACHE_BYTES = 64 * 2**20  # decompressed chunks kept, per HDF5 dataset
 CACHE_SLOTS = 100_003  # a prime well above the chunks that fit, so that they do not evict each other
 BRIDGE = 4096  # entries between two wanted rows that are read along rather than skipped
@@ -115,6 +116,14 @@ class Matrix:
         if len(obs) != self.n_cells:
             raise _damaged(self.name, f"{self.place} has {self.n_cells:,} rows, obs {len(obs):,}")
         return obs
+
+    @cached_property
+    def library_size(self) -> np.ndarray | None:
+        """float64 (n_cells) of a shard, over genes that are no longer in it too; None where genes are all there."""
+        held = self._obs
+        if LIBRARY_SIZE not in held:
+            return None
+        return np.asarray(held[LIBRARY_SIZE][:], dtype=np.float64)
 
     def read(self, rows: np.ndarray) -> Rows:
         """Read cells in the order given; callable from several threads.

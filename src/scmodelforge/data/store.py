@@ -122,6 +122,8 @@ class CellStore:
         if mapped is None:
             state.require_finite(matrix, rows, matrix.read(rows))  # says what is wrong where
             raise AssertionError(f"{matrix.name}: nothing is wrong with rows that were refused")
+        if matrix.library_size is not None:
+            return mapped[0], matrix.library_size[rows]
         return mapped
 
     def gene_report(self) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
-from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians, select_hvg
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore, obs_categories, open_store
@@ -68,6 +69,14 @@ class TrainingData:
             self.store.read(rows[start : start + BLOCK_CELLS])
 
 
+def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
+    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
+    sources = config.data.paths if sources is None else sources
+    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
+    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
+    return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
+
+
 def prepare_data(
     config: Config,
     data: AnnData | None = None,
@@ -97,9 +106,7 @@ def prepare_data(
         store = open_store(sources, vocab, config.data, selected_genes=selected)
         return _split(config, store, vocab)
 
-    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
-    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
-    vocab = vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
+    vocab = vocabulary_of(config, sources)
     store = open_store(sources, vocab, config.data)
     prepared = _split(config, store, vocab)
 

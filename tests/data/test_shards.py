@@ -1,0 +1,141 @@
+"""Shards: the same cells as before, whole or not at all, and what is broken is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from scipy import sparse
+
+from scmodelforge.config import DataConfig
+from scmodelforge.data import shards
+from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.shards import shard_paths, verify_shards, write_shards
+from scmodelforge.data.store import open_store
+from scmodelforge.errors import DataError
+from tests.helpers import make_vocab, marker_cells
+from tests.journeys.command import done, refused
+
+VOCAB = make_vocab(30)  # ten of the cells' genes are outside
+CONFIG = DataConfig()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Two files with different genes, in different ways."""
+    one, two = marker_cells(50, seed=1), marker_cells(70, seed=2)[:, ::-1].copy()
+    two.X = sparse.csc_matrix(two.X * 300)
+    one.write_h5ad(tmp_path / "one.h5ad", compression="gzip")
+    two.write_h5ad(tmp_path / "two.h5ad")
+    return [tmp_path / "one.h5ad", tmp_path / "two.h5ad"]
+
+
+def same_cells(files: list[Path], folder: Path) -> None:
+    before, after = open_store(files, VOCAB, CONFIG), open_store(shard_paths(folder), VOCAB, CONFIG)
+    assert before.n_cells == after.n_cells
+    rows = np.random.default_rng(0).permutation(before.n_cells)
+    one, two = before.read(rows), after.read(rows)
+    for part in ("indptr", "gene_ids", "counts", "library_size"):
+        np.testing.assert_array_equal(getattr(one, part), getattr(two, part))
+        assert getattr(one, part).dtype == getattr(two, part).dtype
+    assert list(before.obs.index) == list(after.obs.index)
+    assert (before.obs["cell_type"].astype(str) == after.obs["cell_type"].astype(str)).all()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shards_hold_the_same_cells(files: list[Path], tmp_path: Path, processes: int) -> None:
+    records = write_shards(files, VOCAB, CONFIG, tmp_path / "shards", cells_per_shard=20, processes=processes)
+    assert [record.n_cells for record in records] == [20, 20, 10, 20, 20, 20, 10]
+    same_cells(files, tmp_path / "shards")
+    assert verify_shards(tmp_path / "shards") == []
+
+
+def test_any_reader_of_anndata_opens_them_and_ours_maps_them(files: list[Path], tmp_path: Path) -> None:
+    write_shards(files, VOCAB, CONFIG, tmp_path / "shards", obs_columns=["donor"])
+    small, large = (ad.read_h5ad(path) for path in shard_paths(tmp_path / "shards"))
+    assert (small.X.dtype, large.X.dtype) == (np.uint8, np.uint16)
+    assert list(small.var_names) == list(VOCAB.gene_ids)
+    assert list(small.obs.columns) == ["donor", shards.LIBRARY_SIZE]
+    assert "contiguous" in open_matrix(shard_paths(tmp_path / "shards")[0]).storage
+    # the counts outside of the vocabulary are gone, and the library size is still that of all genes
+    assert (
+        small.obs[shards.LIBRARY_SIZE] == np.asarray(marker_cells(50, seed=1).X.sum(axis=1)).ravel()
+    ).all()
+    assert (small.X.sum(axis=1).ravel() < small.obs[shards.LIBRARY_SIZE].to_numpy()).any()
+
+
+def test_an_interrupted_conversion_goes_on(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, made = shards._write_shard, []
+
+    def stops(target, *arguments):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(target.name)
+        return write(target, *arguments)
+
+    folder = tmp_path / "shards"
+    monkeypatch.setattr(shards, "_write_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(files, VOCAB, CONFIG, folder, cells_per_shard=20)
+    with pytest.raises(DataError, match="start it again"):
+        verify_shards(folder)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.h5ad")}
+    assert len(before) == 3
+    monkeypatch.setattr(shards, "_write_shard", write)
+    write_shards(files, VOCAB, CONFIG, folder, cells_per_shard=20)
+    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
+    same_cells(files, folder)
+    assert not list(folder.glob(".*"))
+
+
+def test_what_is_broken_is_named(files: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_shards(files, VOCAB, CONFIG, folder, cells_per_shard=30)
+    flipped, cut, gone, *_ = shard_paths(folder)
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    problems = verify_shards(folder)
+    assert [("was changed" in p, "cut off" in p, "missing" in p) for p in problems] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert all(path.name in problem for path, problem in zip((flipped, cut, gone), problems, strict=True))
+    for path in (cut, gone):
+        assert path.name in refused("shard", "--verify", folder, words=("start 'scmodelforge shard' again",))
+
+
+def test_shards_of_another_vocabulary_are_not_mixed(files: list[Path], tmp_path: Path) -> None:
+    write_shards(files, VOCAB, CONFIG, tmp_path / "shards")
+    with pytest.raises(DataError, match="other gene vocabulary"):
+        write_shards(files, make_vocab(20), CONFIG, tmp_path / "shards")
+    with pytest.raises(DataError, match="other settings"):
+        write_shards(files, VOCAB, CONFIG, tmp_path / "shards", cells_per_shard=7)
+
+
+def test_a_changed_source_is_converted_again(files: list[Path], tmp_path: Path) -> None:
+    write_shards(files, VOCAB, CONFIG, tmp_path / "shards")
+    marker_cells(60, seed=3).write_h5ad(files[0])
+    write_shards(files, VOCAB, CONFIG, tmp_path / "shards")
+    same_cells(files, tmp_path / "shards")
+
+
+def test_the_command(files: list[Path], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{paths: [{files[0]}, {files[1]}], gene_vocab: from_data}}\n")
+    out = done("shard", "--config", config, "--output", tmp_path / "shards").out
+    assert "120 cells in 2 shards" in out
+    assert "are whole" in done("shard", "--verify", tmp_path / "shards").out
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    assert manifest["n_cells"] == 120
+    assert {record["source"] for record in manifest["shards"]} == {str(path) for path in files}
+    refused("shard", "--config", config, words=("--output",))
+    refused("shard", "--verify", tmp_path, words=("no manifest.json",))
