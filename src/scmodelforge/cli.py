@@ -8,18 +8,14 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import scmodelforge
+from scmodelforge.cli_output import finish_run, print_results, set_up_messages
 from scmodelforge.errors import UserError
-
-if TYPE_CHECKING:
-    from scmodelforge.evaluation.harness import BenchmarkResult
-    from scmodelforge.training.run import RunResult
 
 app = typer.Typer(
     name="scmodelforge",
@@ -81,7 +77,7 @@ def train(
     again = f"scmodelforge train --config {shlex.quote(str(config))}"
     if checkpoint is not None:
         again += f" --checkpoint {shlex.quote(str(checkpoint))}"
-    _finish_run(run(settings, resume=resume, checkpoint=checkpoint), again, set_)
+    finish_run(run(settings, resume=resume, checkpoint=checkpoint), again, set_)
 
 
 @app.command()
@@ -100,7 +96,7 @@ def finetune(
 
     paths = [shlex.quote(str(path)) for path in (config, checkpoint)]
     again = f"scmodelforge finetune --config {paths[0]} --checkpoint {paths[1]}"
-    _finish_run(run(settings, checkpoint, resume=resume), again, set_)
+    finish_run(run(settings, checkpoint, resume=resume), again, set_)
 
 
 @app.command()
@@ -117,7 +113,7 @@ def benchmark(
     settings = load_config(config, set_ or [], (*MODEL_SECTIONS, "eval"))
     from scmodelforge.evaluation.harness import benchmark as run
 
-    _print_results(run(settings, model, data, output))
+    print_results(run(settings, model, data, output))
     if output is not None:
         print(f"Results: {output}")
 
@@ -246,7 +242,7 @@ def shard(
         settings.data.paths, vocab, settings.data, output, obs_columns, cells_per_shard, processes
     )
     print(
-        f"{sum(record.n_cells for record in records):,} cells in {len(records):,} shards: {output}\n"
+        f"{sum(record.n_cells for record in records):,} cells in {len(records):,} shard{'s' * (len(records) != 1)}: {output}\n"
         f"Train on them with data.paths: ['{output}/*.h5ad']"
     )
 
@@ -347,87 +343,9 @@ def _target(data: Path, output: Path | None, in_place: bool) -> Path:
     return data if output is None else output
 
 
-def _finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:
-    if result.interrupted:
-        sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
-        last = shlex.quote(str(result.checkpoint_dir / "last.ckpt"))
-        print(f"Stopped. To go on:\n  {again}{sets} --resume {last}")
-        raise typer.Exit(130)
-    figures = "  ".join(
-        f"{name} {value:.4g}"
-        for name, value in result.metrics.items()
-        if name.startswith("val_") and name != "val_n_asked"
-    )
-    print(f"Done. {figures}")
-    print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
-    print(f"Model folder:    {result.run_dir / 'model'}")
-    print(f"Run folder:      {result.run_dir}")
-
-
-def _print_results(results: list[BenchmarkResult]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    for name in dict.fromkeys(result.benchmark for result in results):
-        rows = [result for result in results if result.benchmark == name]
-        columns = [
-            key
-            for key, value in rows[0].metrics.items()
-            if isinstance(value, float) and not key.endswith("_std")
-        ]
-        table = Table("method", *columns, title=f"{name} ({rows[0].dataset})")
-        for row in rows:
-            spread = {key: row.metrics.get(f"{key}_std") for key in columns}
-            table.add_row(
-                row.method,
-                *(
-                    f"{row.metrics[key]:.3f}" + (f" ± {spread[key]:.3f}" if spread[key] is not None else "")
-                    for key in columns
-                ),
-            )
-        facts = {key: value for key, value in rows[0].metrics.items() if not isinstance(value, float)}
-        table.caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-class _MessageFormat(logging.Formatter):
-    """Warnings say that they are; everything else is the sentence alone."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
-        return prefix + super().format(record)
-
-
-class _Once(logging.Filter):
-    """Nothing is said twice: each embedding of a benchmark meets the same unlabelled cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        new = record.getMessage() not in self.said
-        self.said.add(record.getMessage())
-        return new
-
-
-def _set_up_messages() -> None:
-    """Our own messages go to stderr; what other libraries chat about stays out."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_MessageFormat("%(message)s"))
-    handler.addFilter(_Once())
-    ours = logging.getLogger("scmodelforge")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    warnings.filterwarnings(
-        "ignore", module=r"(lightning|torch|anndata|scanpy|umap|numba|torchmetrics|sklearn)\b"
-    )
-
-
 def main() -> None:
     """Entry point of the `scmodelforge` command."""
-    _set_up_messages()
+    set_up_messages()
     try:
         app()
     except UserError as error:

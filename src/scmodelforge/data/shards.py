@@ -32,7 +32,7 @@ from scmodelforge.data.h5ad import LIBRARY_SIZE
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
-from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def write_shards(
         vocabulary or of other settings.
     """
     folder = ensure_writable(output)
+    vocab = vocab.with_special_tokens(VOCAB_LAYOUTS["geneformer_v2"])  # shards hold genes, no tokens
     settings = {
         "layer": config.layer,
         "gene_column": config.gene_column,

@@ -1,0 +1,93 @@
+"""What commands print: results as text and tables, messages without the chatter of other libraries."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from scmodelforge.evaluation.harness import BenchmarkResult
+    from scmodelforge.training.run import RunResult
+
+
+def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:
+    if result.interrupted:
+        sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+        last = shlex.quote(str(result.checkpoint_dir / "last.ckpt"))
+        print(f"Stopped. To go on:\n  {again}{sets} --resume {last}")
+        raise typer.Exit(130)
+    figures = "  ".join(
+        f"{name} {value:.4g}"
+        for name, value in result.metrics.items()
+        if name.startswith("val_") and name != "val_n_asked"
+    )
+    print(f"Done. {figures}")
+    print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
+    print(f"Model folder:    {result.run_dir / 'model'}")
+    print(f"Run folder:      {result.run_dir}")
+
+
+def print_results(results: list[BenchmarkResult]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for name in dict.fromkeys(result.benchmark for result in results):
+        rows = [result for result in results if result.benchmark == name]
+        columns = [
+            key
+            for key, value in rows[0].metrics.items()
+            if isinstance(value, float) and not key.endswith("_std")
+        ]
+        table = Table("method", *columns, title=f"{name} ({rows[0].dataset})")
+        for row in rows:
+            spread = {key: row.metrics.get(f"{key}_std") for key in columns}
+            table.add_row(
+                row.method,
+                *(
+                    f"{row.metrics[key]:.3f}" + (f" ± {spread[key]:.3f}" if spread[key] is not None else "")
+                    for key in columns
+                ),
+            )
+        facts = {key: value for key, value in rows[0].metrics.items() if not isinstance(value, float)}
+        table.caption = ", ".join(f"{key} {value}" for key, value in facts.items())
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+class _MessageFormat(logging.Formatter):
+    """Warnings say that they are; everything else is the sentence alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        return prefix + super().format(record)
+
+
+class _Once(logging.Filter):
+    """Nothing is said twice: each embedding of a benchmark meets the same unlabelled cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self.said
+        self.said.add(record.getMessage())
+        return new
+
+
+def set_up_messages() -> None:
+    """Our own messages go to stderr; what other libraries chat about stays out."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_MessageFormat("%(message)s"))
+    handler.addFilter(_Once())
+    ours = logging.getLogger("scmodelforge")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    warnings.filterwarnings(
+        "ignore", module=r"(lightning|torch|anndata|scanpy|umap|numba|torchmetrics|sklearn)\b"
+    )
