@@ -149,16 +149,28 @@ def token_batch(
     place = start + position_in_cell(row)
     input_ids[row, place] = gene + vocab.first_gene_token
     carried[row, place] = values
+    return with_special_tokens(cells, config, vocab, input_ids, carried, lengths)
+
+
+def with_special_tokens(
+    cells: CellBatch,
+    config: TokenizerConfig,
+    vocab: GeneVocab,
+    input_ids: np.ndarray,
+    carried: np.ndarray,
+    lengths: np.ndarray,
+) -> TokenBatch:
+    """Put `<cls>` and `<eos>` into their places in sequences (n_cells, length) of `lengths`, which count them."""
     if config.prepend_cls and vocab.cls_id is not None:
         input_ids[:, 0] = vocab.cls_id
         carried[:, 0] = config.cls_value
     if config.append_eos and vocab.eos_id is not None:
-        input_ids[np.arange(n_cells), lengths - 1] = vocab.eos_id
+        input_ids[np.arange(len(lengths)), lengths - 1] = vocab.eos_id
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids),
         values=torch.from_numpy(carried),
         lengths=torch.from_numpy(lengths.astype(np.int64)),
         cell_index=torch.from_numpy(cells.cell_index),
-        has_padding=bool((lengths < length).any()),
+        has_padding=bool((lengths < input_ids.shape[1]).any()),
         obs=None if cells.obs is None else torch.from_numpy(cells.obs),
     )

@@ -3,7 +3,7 @@
 A gene's value is counts / library size × target sum / the gene's non-zero median over the training cells,
 so housekeeping genes sink and genes that are high *for themselves* rise. The order is the information; the
 sequence is cut to the model's input length. Equal values keep the order of the vocabulary (the published
-tokenizer leaves ties to an unstable sort). One argsort per batch, no loop over cells.
+tokenizer leaves ties to an unstable sort).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from scmodelforge.data.module import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.explain import explain_tokens, of_first_cell
-from scmodelforge.tokenizers.gene_sequence import n_special, position_in_cell, token_batch
+from scmodelforge.tokenizers.gene_sequence import n_special, with_special_tokens
+from scmodelforge.tokenizers.kernels import rank_genes
 
 
 class RankValueTokenizer:
@@ -34,36 +35,40 @@ class RankValueTokenizer:
         self.log1p = preprocessing.log1p
         self.target_sum = preprocessing.target_sum if preprocessing.normalize == "library_size" else None
         self.inverse_median = np.ones(vocab.n_genes) if vocab.medians is None else 1.0 / vocab.medians
-        self.known = np.isfinite(self.inverse_median)
 
-    def _normalize(self, cells: CellBatch, row: np.ndarray) -> np.ndarray:
-        """float64 (nnz): counts scaled to the target sum, in the published order of operations."""
-        counts = cells.counts.astype(np.float64)
+    def _scale(self, cells: CellBatch) -> tuple[np.ndarray, float]:
+        """float64 (n_cells) and a number: what counts are multiplied with, one after the other."""
         if self.target_sum is None:
-            return counts
+            return np.ones(cells.n_cells), 1.0
         with np.errstate(divide="ignore"):
-            reciprocal = 1.0 / cells.library_size.astype(np.float64)
-        return counts * reciprocal[row] * self.target_sum
+            return 1.0 / cells.library_size.astype(np.float64), self.target_sum
 
     def __call__(self, cells: CellBatch, seed: int = 0, epoch: int = VALIDATION_EPOCH) -> TokenBatch:
         """Tokenize cells; see `TokenBatch` for shapes. Cells without a usable gene keep their special tokens."""
-        n_cells, vocab, config = cells.n_cells, self.vocab, self.config
-        row = np.repeat(np.arange(n_cells), cells.n_genes_per_cell)
-        normalized = self._normalize(cells, row)
-        genes = cells.gene_ids
-        usable = self.known[genes]
-        if not usable.all():
-            row, genes, normalized = row[usable], genes[usable], normalized[usable]
-        n_genes = np.bincount(row, minlength=n_cells)
-        start = np.cumsum(n_genes) - n_genes
-        width = int(n_genes.max(initial=0))
-        key = np.full((n_cells, width), np.inf)
-        key[row, position_in_cell(row)] = -(normalized * self.inverse_median[genes])
-        n_kept = min(width, config.max_genes - n_special(config))
-        order = np.argsort(key, axis=1, kind="stable")[:, :n_kept]
-        kept = (start[:, None] + order)[np.arange(n_kept) < n_genes[:, None]]
-        values = np.log1p(normalized[kept]) if self.log1p else normalized[kept]
-        return token_batch(cells, config, vocab, row[kept], genes[kept], values)
+        vocab, config = self.vocab, self.config
+        special, start = n_special(config), int(config.prepend_cls)
+        room = min(int(cells.n_genes_per_cell.max(initial=0)), config.max_genes - special)
+        input_ids = np.full((cells.n_cells, room + special), vocab.pad_id, dtype=np.int64)
+        values = np.zeros(input_ids.shape, dtype=np.float32)
+        lengths = np.empty(cells.n_cells, dtype=np.int64)
+        rank_genes(
+            cells.indptr,
+            cells.gene_ids,
+            cells.counts,
+            *self._scale(cells),
+            self.inverse_median,
+            self.log1p,
+            vocab.first_gene_token,
+            input_ids[:, start : start + room],
+            values[:, start : start + room],
+            lengths,
+        )
+        lengths += special
+        length = max(int(lengths.max(initial=0)), 1)  # a batch of empty cells still has a position
+        if length > input_ids.shape[1]:
+            input_ids = np.full((cells.n_cells, length), vocab.pad_id, dtype=np.int64)
+            values = np.zeros(input_ids.shape, dtype=np.float32)
+        return with_special_tokens(cells, config, vocab, input_ids[:, :length], values[:, :length], lengths)
 
     def explain(self, cells: CellBatch) -> pd.DataFrame:
         """What the first cell of `cells` becomes, one row a token.
@@ -73,7 +78,10 @@ class RankValueTokenizer:
         DataFrame as of `explain_tokens`, with normalized (counts per target sum), median and scaled (the value
         that is ranked).
         """
-        normalized = self._normalize(cells, np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell))
+        reciprocal, target_sum = self._scale(cells)
+        normalized = (
+            cells.counts.astype(np.float64) * np.repeat(reciprocal, cells.n_genes_per_cell) * target_sum
+        )
         table = explain_tokens(
             self(cells),
             cells,
