@@ -241,8 +241,9 @@ def shard(
     records = write_shards(
         settings.data.paths, vocab, settings.data, output, obs_columns, cells_per_shard, processes
     )
+    n_cells, plural = sum(record.n_cells for record in records), "s" * (len(records) != 1)
     print(
-        f"{sum(record.n_cells for record in records):,} cells in {len(records):,} shard{'s' * (len(records) != 1)}: {output}\n"
+        f"{n_cells:,} cells in {len(records):,} shard{plural}: {output}\n"
         f"Train on them with data.paths: ['{output}/*.h5ad']"
     )
 

@@ -7,6 +7,7 @@ so batches do not depend on who computes them, and a resumed run draws what the 
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -42,6 +43,24 @@ def philox(
         )
         k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
     return x0.astype(np.uint32), x1.astype(np.uint32), x2.astype(np.uint32), x3.astype(np.uint32)
+
+
+@numba.njit(nogil=True, cache=True)
+def philox_words(
+    key: np.uint64, c0: np.uint32, c1: np.uint32, c2: np.uint32, c3: np.uint32
+) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+    """As `philox` for one counter, within compiled code; the arguments must have these types."""
+    k0, k1 = np.uint32(key & LOW), np.uint32(key >> WORD)
+    for _ in range(ROUNDS):
+        product0, product1 = np.uint64(c0) * MULTIPLIERS[0], np.uint64(c2) * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            np.uint32(np.uint32(product1 >> WORD) ^ c1 ^ k0),
+            np.uint32(product1 & LOW),
+            np.uint32(np.uint32(product0 >> WORD) ^ c3 ^ k1),
+            np.uint32(product0 & LOW),
+        )
+        k0, k1 = np.uint32(k0 + np.uint32(WEYL[0])), np.uint32(k1 + np.uint32(WEYL[1]))
+    return c0, c1, c2, c3
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:

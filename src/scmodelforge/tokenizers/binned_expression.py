@@ -17,11 +17,11 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import VALIDATION_EPOCH
-from scmodelforge.data.random import below
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.explain import explain_tokens, of_first_cell
-from scmodelforge.tokenizers.gene_sequence import TIES, draw, expression, gene_tokens
+from scmodelforge.tokenizers.gene_sequence import TIES, expression, gene_tokens
+from scmodelforge.tokenizers.kernels import bin_counts
 
 
 class BinnedExpressionTokenizer:
@@ -41,17 +41,41 @@ class BinnedExpressionTokenizer:
 
         With `bin_ties: numpy` the bins depend on numpy's global generator, and so on all that drew from it before.
         """
+        if self.config.bin_ties == "numpy":
+            edges, bins = self._bins_of_numpy(cells)
+        else:
+            edges, bins = self._bins(cells, seed, epoch)
+        batch = gene_tokens(cells, cells.counts, bins, self.config, self.vocab, seed, epoch, zeros_last=False)
+        return replace(batch, bin_edges=torch.from_numpy(edges.astype(np.float32)))
+
+    def _bins(self, cells: CellBatch, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Edges float64 (n_cells, n_bins - 1) and bins float64 (nnz)."""
+        edges = np.empty((cells.n_cells, self.config.n_bins - 1))
+        bins = np.empty(len(cells.counts))
+        scaled = self.preprocessing.normalize == "library_size"
+        bin_counts(
+            cells.indptr,
+            cells.gene_ids,
+            cells.counts,
+            cells.library_size.astype(np.float64) if scaled else np.ones(cells.n_cells),
+            self.preprocessing.target_sum if scaled else 1.0,
+            self.preprocessing.log1p,
+            np.linspace(0, 1, self.config.n_bins - 1),
+            np.uint64(seed ^ TIES),
+            np.uint32(epoch),
+            cells.cell_index,
+            edges,
+            bins,
+        )
+        return edges, bins
+
+    def _bins_of_numpy(self, cells: CellBatch) -> tuple[np.ndarray, np.ndarray]:
+        """As `_bins`, with draws from numpy's global generator: one rand(n) for each cell is one for all."""
         values = expression(cells, self.preprocessing)
         edges = quantile_edges(values, cells.n_genes_per_cell, self.config.n_bins - 1)
         row = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell)
         above, up_to = bin_range(values, edges, row)
-        if self.config.bin_ties == "numpy":  # one rand(n) for each cell is one for all
-            bins = np.ceil(np.random.rand(len(values)) * (above - up_to) + up_to)  # noqa: NPY002
-        else:
-            bits = draw(TIES, seed, epoch, cells.cell_index[row], cells.gene_ids)
-            bins = up_to - below(bits, np.maximum(up_to - above, 1))
-        batch = gene_tokens(cells, values, bins, self.config, self.vocab, seed, epoch, zeros_last=False)
-        return replace(batch, bin_edges=torch.from_numpy(edges.astype(np.float32)))
+        return edges, np.ceil(np.random.rand(len(values)) * (above - up_to) + up_to)  # noqa: NPY002
 
     def explain(self, cells: CellBatch) -> pd.DataFrame:
         """What the first cell of `cells` becomes, one row a token.

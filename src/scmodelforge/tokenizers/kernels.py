@@ -8,7 +8,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from scmodelforge.data.random import LOW, WORD, philox_words
+
 DIGIT = 11  # bits that one pass of the radix sort looks at; three passes for 32 bits
+MANY_COUNTS = 4096  # whole counts below are sorted by counting them
 SMALL_COUNTS = 256  # logarithms of counts below are computed once a cell
 
 
@@ -107,3 +110,115 @@ def rank_genes(
             out_tokens[cell, i] = genes[j] + first_token
             out_values[cell, i] = value
         out_lengths[cell] = kept
+
+
+@numba.njit(nogil=True, cache=True)
+def bin_counts(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    library_size: np.ndarray,
+    target_sum: float,
+    log1p: bool,
+    steps: np.ndarray,
+    key: np.uint64,
+    epoch: np.uint32,
+    cell_index: np.ndarray,
+    out_edges: np.ndarray,
+    out_bins: np.ndarray,
+) -> None:
+    """Bins of counts among the quantiles of their cell, and these quantiles; equal values spread over their bins.
+
+    As `quantile_edges`, `bin_range` and a draw for each (cell, gene), to the last bit (given the same log1p), but once
+    for each distinct count of a cell instead of once for each gene.
+
+    Parameters
+    ----------
+    indptr, genes, counts, cell_index
+        Cells as in `CellBatch`.
+    library_size
+        float64 (n_cells); all 1 with `target_sum` 1 for counts as they are.
+    target_sum, log1p
+        What is binned: counts / library_size · target_sum, and its log(1 + x).
+    steps
+        float64 (n_edges): 0 to 1, the quantiles.
+    key, epoch
+        Of the draws.
+    out_edges, out_bins
+        float64 (n_cells, n_edges) and (nnz), filled.
+    """
+    n_edges = len(steps)
+    longest = 0
+    for cell in range(len(indptr) - 1):
+        longest = max(longest, indptr[cell + 1] - indptr[cell])
+    size = max(longest, MANY_COUNTS)
+    distinct, value, up_to_here = np.empty(size, np.float32), np.empty(size), np.empty(size, np.int64)
+    above, up_to = np.empty(size, np.int64), np.empty(size, np.int64)
+    tally, place_of = np.zeros(MANY_COUNTS, np.int64), np.empty(MANY_COUNTS, np.int64)
+    for cell in range(len(indptr) - 1):
+        begin, end = indptr[cell], indptr[cell + 1]
+        n = end - begin
+        if n == 0:
+            out_edges[cell] = 0.0
+            continue
+        whole, largest = True, np.float32(0)
+        for j in range(begin, end):
+            largest = max(largest, counts[j])
+            if counts[j] != np.int64(counts[j]) or counts[j] >= MANY_COUNTS:
+                whole = False
+
+        m = 0  # distinct counts, ascending, with the number of genes up to each
+        if whole:
+            tally[: np.int64(largest) + 1] = 0
+            for j in range(begin, end):
+                tally[np.int64(counts[j])] += 1
+            seen = 0
+            for count in range(np.int64(largest) + 1):
+                if tally[count]:
+                    seen += tally[count]
+                    distinct[m], up_to_here[m], place_of[count] = count, seen, m
+                    m += 1
+        else:
+            ascending = np.sort(counts[begin:end])
+            for i in range(n):
+                if i == 0 or ascending[i] != ascending[i - 1]:
+                    distinct[m] = ascending[i]
+                    m += 1
+                up_to_here[m - 1] = i + 1
+        for d in range(m):
+            value[d] = np.float64(distinct[d]) / library_size[cell] * target_sum
+            if log1p:
+                value[d] = np.log1p(value[d])
+
+        d = 0
+        for k in range(n_edges):
+            place = (n - 1) * steps[k]
+            before = np.int64(np.floor(place))
+            while up_to_here[d] <= before:
+                d += 1
+            low = value[d]
+            high = low
+            if min(before + 1, n - 1) >= up_to_here[d]:
+                high = value[d + 1]
+            share, step = place - before, high - low
+            out_edges[cell, k] = low + step * share if share < 0.5 else high - step * (1 - share)
+
+        below, not_above = 0, 0
+        for d in range(m):
+            while below < n_edges and out_edges[cell, below] < value[d]:
+                below += 1
+            while not_above < n_edges and out_edges[cell, not_above] <= value[d]:
+                not_above += 1
+            above[d], up_to[d] = below, not_above
+
+        low_word, high_word = (
+            np.uint32(cell_index[cell] & LOW),
+            np.uint32(np.uint64(cell_index[cell]) >> WORD),
+        )
+        for j in range(begin, end):
+            d = place_of[np.int64(counts[j])] if whole else np.searchsorted(distinct[:m], counts[j])
+            drawn = np.uint64(0)
+            if up_to[d] - above[d] > 1:
+                bits = philox_words(key, low_word, high_word, np.uint32(genes[j]), epoch)[0]
+                drawn = (np.uint64(bits) * np.uint64(up_to[d] - above[d])) >> WORD
+            out_bins[j] = up_to[d] - np.int64(drawn)

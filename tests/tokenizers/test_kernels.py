@@ -1,0 +1,89 @@
+"""The compiled kernels against slow twins in numpy."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from scmodelforge.config import Config
+from scmodelforge.data.random import below, philox, philox_words
+from scmodelforge.tokenizers.binned_expression import BinnedExpressionTokenizer, bin_range, quantile_edges
+from scmodelforge.tokenizers.gene_sequence import TIES, draw, expression
+from tests.helpers import make_cells, make_vocab
+
+
+@given(st.integers(0, 2**63), st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_compiled_philox_is_philox(key: int, counter: list[int]) -> None:
+    expected = [int(word) for word in philox(key, *counter)]
+    assert [int(word) for word in philox_words(np.uint64(key), *map(np.uint32, counter))] == expected
+
+
+@st.composite
+def counts(draw_):
+    shape = draw_(st.integers(1, 5)), draw_(st.integers(1, 60))
+    kind = draw_(st.sampled_from(["ties", "large", "fractions"]))
+    elements = {
+        "ties": st.sampled_from([0, 0, 1, 1, 1, 2, 3, 7]),
+        "large": st.sampled_from([0, 0, 1, 255, 256, 4095, 4096, 100_000]),
+        "fractions": st.sampled_from([0, 0.25, 0.5, 1, 1.5, 3.75]),
+    }[kind]
+    return draw_(hnp.arrays(np.float64, shape, elements=elements))
+
+
+@numba.njit
+def compiled_log1p(values: np.ndarray) -> np.ndarray:
+    """numpy's own may differ from it in the last bit."""
+    return np.log1p(values)
+
+
+@given(counts(), st.booleans(), st.sampled_from(["none", "library_size"]), st.sampled_from([3, 5, 51]))
+@settings(max_examples=150, deadline=None)
+def test_bins_are_those_of_the_slow_version(
+    counts: np.ndarray, log1p: bool, normalize: str, n_bins: int
+) -> None:
+    config = Config.model_validate(
+        {
+            "data": {"preprocessing": {"normalize": normalize, "log1p": log1p}},
+            "tokenizer": {"strategy": "binned_expression", "n_bins": n_bins},
+            "model": {"pretraining_task": "expression_reconstruction"},
+        }
+    )
+    vocab, cells = make_vocab(counts.shape[1]), make_cells(counts, first_row=2**32 - 1)
+    edges, bins = BinnedExpressionTokenizer(config, vocab)._bins(cells, seed=3, epoch=1)
+
+    plain = config.data.preprocessing.model_copy(update={"log1p": False})
+    values = expression(cells, plain)
+    values = compiled_log1p(values) if log1p else values
+    row = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell)
+    expected = quantile_edges(values, cells.n_genes_per_cell, n_bins - 1)
+    np.testing.assert_array_equal(edges, expected)
+    above, up_to = bin_range(values, expected, row)
+    bits = draw(TIES, 3, 1, cells.cell_index[row], cells.gene_ids)
+    np.testing.assert_array_equal(bins, up_to - below(bits, np.maximum(up_to - above, 1)))
+
+
+@pytest.mark.parametrize("n", [1, 50, 3000])
+def test_ranks_of_many_ties_are_stable(n: int) -> None:
+    config = Config.model_validate({"tokenizer": {"max_genes": 4096, "gene_medians": "none"}})
+    from scmodelforge.tokenizers.rank_value import RankValueTokenizer
+
+    values = np.random.default_rng(0).integers(1, 3, (2, n))
+    batch = RankValueTokenizer(config, make_vocab(n))(make_cells(values))
+    for i in range(2):
+        expected = np.argsort(-values[i], kind="stable") + 4
+        np.testing.assert_array_equal(batch.input_ids[i, 1 : n + 1], expected)
+
+
+def test_values_that_float32_cannot_tell_apart_are_ranked_in_float64() -> None:
+    from scmodelforge.tokenizers.rank_value import RankValueTokenizer
+
+    n = 40
+    medians = 1.0 + np.random.default_rng(1).permutation(n) * 1e-12
+    config = Config.model_validate({"tokenizer": {"max_genes": 64}})
+    tokens = RankValueTokenizer(config, make_vocab(n, medians))(make_cells(np.ones((1, n)))).input_ids
+    np.testing.assert_array_equal(tokens[0, 1:], np.argsort(medians, kind="stable") + 4)
