@@ -296,3 +296,26 @@ def test_the_other_families_make_the_round_trip(family: str, tmp_path: Path) -> 
     again = import_model(family, export_model(bundle, family, tmp_path / "b"))
     assert again.vocab.fingerprint == bundle.vocab.fingerprint
     assert all(map(torch.equal, bundle.model.state_dict().values(), again.model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "keys"),
+    [
+        ("scgpt", "args.json", ("nheads",)),
+        ("transcriptformer", "config.json", ("model", "model_config", "num_heads")),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    family: str, file: str, keys: tuple[str, ...], tmp_path: Path
+) -> None:
+    preset = {"scgpt": "scgpt-human", "transcriptformer": "transcriptformer-sapiens"}[family]
+    preset_folder(tmp_path / "a", preset, **({"gene_embedding_dim": 6} if family != "scgpt" else {}))
+    path = tmp_path / "a" / file
+    settings = part = json.loads(path.read_text())
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = 7
+    path.write_text(json.dumps(settings))
+    words = (file, "must be divisible by num_heads (7)")
+    refused("import", "--from", family, tmp_path / "a", "--output", tmp_path / "new", words=words)
+    assert not (tmp_path / "new").exists()

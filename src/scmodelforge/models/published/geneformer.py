@@ -14,16 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
 from scmodelforge.files import write_text
 from scmodelforge.genes.tables import known_genes
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, species_of
 from scmodelforge.models.bundle import ModelBundle, assemble
-from scmodelforge.models.published.reading import read_json, read_pickle, read_weights, require_same_keys
+from scmodelforge.models.published.reading import (
+    config_from,
+    read_json,
+    read_pickle,
+    read_weights,
+    require_same_keys,
+)
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +151,7 @@ def read_published(folder: Path, dictionaries: Path | None = None) -> ModelBundl
             f"'{token_file}' has {vocab.n_tokens:,} tokens and the model in '{folder}' {settings['vocab_size']:,}: "
             f"they belong to different models. {WHERE}"
         )
-    try:
-        config = _config(settings, vocab, token_file, median_file)
-    except ValidationError as error:
-        raise ModelError(f"'{folder / 'config.json'}' cannot be used: {error.errors()[0]['msg']}") from error
+    config = config_from(_config(settings, vocab, token_file, median_file), folder / "config.json")
     weights = next(
         (path for name in ("model.safetensors", "pytorch_model.bin") if (path := folder / name).is_file()),
         None,
@@ -196,37 +197,37 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _config(settings: dict[str, Any], vocab: GeneVocab, token_file: Path, median_file: Path) -> Config:
+def _config(
+    settings: dict[str, Any], vocab: GeneVocab, token_file: Path, median_file: Path
+) -> dict[str, Any]:
     with_cls = "<cls>" in vocab.special_tokens
     layout = next(name for name in LAYOUTS if VOCAB_LAYOUTS[name] == vocab.special_tokens)
-    return Config.model_validate(
-        {
-            "data": {"gene_vocab": str(token_file)},
-            "tokenizer": {
-                "strategy": "rank_value",
-                "max_genes": settings["max_position_embeddings"],
-                "vocab_layout": layout,
-                "prepend_cls": with_cls,
-                "append_eos": with_cls,
-                "gene_medians": str(median_file),
-                "masking": {"reference": True},
-            },
-            "model": {
-                "architecture": "transformer_encoder",
-                "pretraining_task": "masked_gene_prediction",
-                "hidden_dim": settings["hidden_size"],
-                "num_layers": settings["num_hidden_layers"],
-                "num_heads": settings["num_attention_heads"],
-                "ffn_dim": settings["intermediate_size"],
-                "dropout": settings["hidden_dropout_prob"],
-                "attention_dropout": settings["attention_probs_dropout_prob"],
-                "activation": settings["hidden_act"],
-                "norm": "post",
-                "layer_norm_eps": settings["layer_norm_eps"],
-                "pooling": "cls" if with_cls else "mean",
-            },
-        }
-    )
+    return {
+        "data": {"gene_vocab": str(token_file)},
+        "tokenizer": {
+            "strategy": "rank_value",
+            "max_genes": settings["max_position_embeddings"],
+            "vocab_layout": layout,
+            "prepend_cls": with_cls,
+            "append_eos": with_cls,
+            "gene_medians": str(median_file),
+            "masking": {"reference": True},
+        },
+        "model": {
+            "architecture": "transformer_encoder",
+            "pretraining_task": "masked_gene_prediction",
+            "hidden_dim": settings["hidden_size"],
+            "num_layers": settings["num_hidden_layers"],
+            "num_heads": settings["num_attention_heads"],
+            "ffn_dim": settings["intermediate_size"],
+            "dropout": settings["hidden_dropout_prob"],
+            "attention_dropout": settings["attention_probs_dropout_prob"],
+            "activation": settings["hidden_act"],
+            "norm": "post",
+            "layer_norm_eps": settings["layer_norm_eps"],
+            "pooling": "cls" if with_cls else "mean",
+        },
+    }
 
 
 # --- dictionaries ---------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
 
 PICKLE_HELP = (
@@ -26,6 +28,24 @@ PICKLE_HELP = (
     "could run code. Save the table as JSON, or take the file from the model's own repository."
 )
 PLAIN_KINDS = "biufUS"
+
+
+def config_from(settings: dict[str, Any], path: Path) -> Config:
+    """The config of these settings, which were read from `path`.
+
+    Raises
+    ------
+    ModelError
+        If they contradict each other, or are of a wrong kind.
+    """
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ModelError(
+            f"The settings in '{path}' cannot be used: {where}{': ' if where else ''}{problem['msg']}."
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import ValidationError
 
 from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
@@ -25,7 +24,7 @@ from scmodelforge.genes.names import recognise, reference_of_species
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 from scmodelforge.models.bundle import ModelBundle, assemble
 from scmodelforge.models.embeddings import MASKED_VALUE
-from scmodelforge.models.published.reading import read_json, read_weights
+from scmodelforge.models.published.reading import config_from, read_json, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -231,13 +230,7 @@ def _config(args: dict[str, Any], state: dict[str, torch.Tensor], folder: Path) 
             },
         },
     }
-    try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ModelError(
-            f"'{folder / 'args.json'}' cannot be used: {problem['msg']} {problem['loc']}"
-        ) from error
+    return config_from(settings, folder / "args.json")
 
 
 # --- vocabulary -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from scmodelforge.genes.tables import known_genes
 from scmodelforge.genes.vocab import GeneVocab, species_of
 from scmodelforge.models.bundle import ModelBundle, assemble
 from scmodelforge.models.objectives.counts import EPSILON
-from scmodelforge.models.published.reading import read_json, read_weights, require_same_keys
+from scmodelforge.models.published.reading import config_from, read_json, read_weights, require_same_keys
 
 # Their special tokens by our names; any other "[X]" is "<x>".
 SPECIAL_TOKENS = {"unknown": "<unknown>", "[START]": "<cls>", "[END]": "<eos>"}
@@ -224,7 +224,7 @@ def _config(path: Path, settings: dict[str, dict[str, Any]], columns: list[str],
     if wrong:
         raise ModelError(f"'{path}' describes what no published TranscriptFormer is: {'; '.join(wrong)}.")
     order = "random" if data.get("randomize_genes") else "value" if data.get("sort_genes") else "column"
-    return Config.model_validate(
+    return config_from(
         {
             "data": {
                 "gene_vocab": str(path.parent / "vocabs"),
@@ -264,7 +264,8 @@ def _config(path: Path, settings: dict[str, dict[str, Any]], columns: list[str],
                     "reference": True,
                 },
             },
-        }
+        },
+        path,
     )
 
 
