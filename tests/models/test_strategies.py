@@ -152,7 +152,7 @@ def same_input(a: TrainingBatch, b: TrainingBatch) -> bool:
 @pytest.mark.parametrize("epoch", [0, VALIDATION_EPOCH])
 def test_hidden_values_are_not_in_the_input(row: Combination, epoch: int) -> None:
     """The counts of a cell's hidden genes change places: what the model reads stays the same."""
-    masking = {"masking": {"mask_token_share": 1.0, "random_share": 0.0}}
+    masking = {"masking": {"mask_token_share": 0.7, "random_share": 0.3}}
     config, vocab, _, task = parts(row, tokenizer=masking)
     counts = distinct(real_counts()[:20])
     batch = batch_of(config, vocab, task, make_cells(counts), epoch)
@@ -178,7 +178,7 @@ def test_hidden_values_are_not_in_the_input(row: Combination, epoch: int) -> Non
 @pytest.mark.parametrize("epoch", [0, VALIDATION_EPOCH])
 def test_hidden_genes_are_not_in_the_input(row: Combination, epoch: int) -> None:
     """A hidden gene's counts move to the absent gene after it: what the model reads stays the same."""
-    masking = {"masking": {"mask_token_share": 1.0, "random_share": 0.0}, "gene_medians": "none"}
+    masking = {"masking": {"mask_token_share": 0.7, "random_share": 0.3}, "gene_medians": "none"}
     config, vocab, _, task = parts(row, tokenizer=masking)
     counts = distinct(real_counts()[:20])
     batch = batch_of(config, vocab, task, make_cells(counts), epoch)

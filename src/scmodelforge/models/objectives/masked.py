@@ -97,7 +97,8 @@ class MaskedPrediction:
         if self.hides_values:
             shown_values = np.where(masked, np.float32(MASKED_VALUE), values)
             place = below(random_place, np.maximum(tokens.lengths.numpy(), 1)[:, None])
-            other = np.take_along_axis(values, place, axis=1)
+            visible = np.where(asked, np.float32(MASKED_VALUE), values)  # no hidden value enters anywhere
+            other = np.take_along_axis(visible, place, axis=1)
             shown_values = np.where(replaced, other, shown_values)
         positions = np.flatnonzero(asked)
         return TrainingBatch(
