@@ -14,16 +14,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.errors import DataError, ModelError
-from scmodelforge.inference import annotate, annotate_file, embed, embed_file, tokens
-from scmodelforge.models.bundle import ModelBundle
+from scmodelforge.inference import (
+    annotate,
+    annotate_file,
+    embed,
+    embed_file,
+    open_for,
+    token_batches,
+    tokens,
+)
+from scmodelforge.models.bundle import ModelBundle, build_model
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.run import RunResult
-from tests.helpers import marker_cells
+from tests.helpers import make_vocab, marker_cells
 
 KEY = "X_scmodelforge"
 
@@ -289,6 +299,24 @@ def test_a_value_at_cls_does_not_make_a_cell_full(
     with caplog.at_level(logging.WARNING, "scmodelforge"):
         embed(cells, replace(model, config=config))
     assert "1 cells have no gene that the model knows: their embedding says nothing." in caplog.messages
+
+
+def test_ties_spread_by_numpy_s_generator_go_cell_by_cell(cells: ad.AnnData) -> None:
+    """As scGPT spreads them: one generator, so batches are made one after the other."""
+    config = Config.model_validate(
+        {
+            "tokenizer": {"strategy": "binned_expression", "bin_ties": "numpy"},
+            "model": {"hidden_dim": 8, "num_layers": 1, "num_heads": 2},
+        }
+    )
+    vocab = make_vocab(40)
+    scgpt = ModelBundle(config, vocab, build_model(config, vocab, seed=0))
+    tokenizer, store = build_tokenizer(config, vocab), open_for(scgpt, cells)
+    np.random.seed(0)  # noqa: NPY002
+    in_order = [tokenizer(store.read(np.arange(i, i + 2))) for i in range(0, 50, 2)]
+    np.random.seed(0)  # noqa: NPY002
+    batches = token_batches(scgpt, store, np.arange(50), batch_size=2)
+    assert all(torch.equal(a.values, b.values) for a, b in zip(batches, in_order, strict=True))
 
 
 def test_real_cells(model: ModelBundle, real_data: Path, tmp_path: Path) -> None:

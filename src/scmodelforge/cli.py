@@ -126,7 +126,7 @@ def embed(
     in_place: InPlaceOption = False,
     key: Annotated[str, typer.Option("--key", help="Name in obsm.")] = "X_scmodelforge",
     pooling: Annotated[
-        str | None, typer.Option("--pooling", help="mean or cls; default: the model's.")
+        str | None, typer.Option("--pooling", help="mean, cls or window; default: the model's.")
     ] = None,
     batch_size: BatchOption = 64,
     config: ConfigOption = None,
@@ -136,8 +136,8 @@ def embed(
     from scmodelforge.config_io import load_config
 
     settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(data, output, in_place)
-    if pooling not in (None, "mean", "cls"):
-        raise UserError(f"--pooling is '{pooling}'; it must be mean or cls.")
+    if pooling not in (None, "mean", "cls", "window"):
+        raise UserError(f"--pooling is '{pooling}'; it must be mean, cls or window.")
     from scmodelforge.inference import embed_file
 
     n_cells = embed_file(
@@ -180,10 +180,10 @@ def check(
     """Say what is in a file and whether it can be trained on (exit code 2 if not)."""
     from scmodelforge.config_io import load_config
 
-    settings = load_config(config, set_ or [], ("data", "tokenizer"))
+    settings = load_config(config, set_ or [], MODEL_SECTIONS)
     from scmodelforge.data.check import check as run
 
-    report = run(data, settings.data)
+    report = run(data, settings.data, settings.obs_columns)
     print("\n".join(report.lines(settings.tokenizer)))
     if report.problems:
         raise typer.Exit(2)
@@ -256,7 +256,7 @@ def init(
 ) -> None:
     """Write a commented starter config for a file."""
     from scmodelforge.config import DataConfig
-    from scmodelforge.config_io import override_yaml, starter_yaml
+    from scmodelforge.config_io import starter_yaml
     from scmodelforge.data.check import check as run
     from scmodelforge.files import write_text
 
@@ -264,7 +264,7 @@ def init(
         raise UserError(f"'{output}' exists already. Choose another name with --output.")
     report = run(data, DataConfig())
     found = report.suggestions
-    write_text(output, override_yaml(starter_yaml(data, found), set_ or []))
+    write_text(output, starter_yaml(data, found, set_ or []))
     if report.problems:  # does what is suggested solve them?
         report = run(data, DataConfig(layer=found.layer, gene_vocab=found.gene_vocab or "from_data"))
     for problem in report.problems:

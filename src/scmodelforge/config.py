@@ -180,6 +180,8 @@ class TokenizerConfig(Section):
                 "vocab_layout geneformer_v1 has no <cls> and no <eos>: set prepend_cls: false and "
                 "append_eos: false, or vocab_layout: geneformer_v2"
             )
+        if len(set(self.obs_tokens)) < len(self.obs_tokens):
+            raise ValueError(f"obs_tokens names a column twice: {', '.join(self.obs_tokens)}")
         return self
 
 
@@ -229,8 +231,8 @@ class TrainingConfig(Section):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of order, masks, weights and dropout.")
     num_gpus: int | None = Field(None, ge=0, description="GPUs to use; null: all there are, 0: the CPU.")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
-        "32-true", description="Arithmetic of the forward and backward pass."
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
+        "32-true", description="Arithmetic of the forward and backward pass; weights are float32 in any case."
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
@@ -400,10 +402,11 @@ class Config(Section):
     def _together(self) -> Config:
         model, tokenizer = self.model, self.tokenizer
         if model.preset is not None and model.preset not in PRESETS:
-            near = difflib.get_close_matches(model.preset, PRESETS, n=1)
+            near = [name for name in PRESETS if name.startswith(model.preset.lower())]
+            near = near or difflib.get_close_matches(model.preset.lower(), PRESETS, n=1)
             raise ValueError(
                 f"model.preset: there is no preset '{model.preset}'"
-                + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PRESETS)}")
+                + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(PRESETS)}")
             )
         require_allowed(tokenizer.strategy, model.architecture, model.pretraining_task)
         if problem := misfit(self):

@@ -12,6 +12,7 @@ from typing import Any
 
 from scmodelforge.config import Config, Section
 from scmodelforge.config_presets import PRESETS
+from scmodelforge.config_reading import show
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,31 @@ def idle_keys(config: Config) -> list[IdleKey]:
 
 
 def say_idle_keys(config: Config) -> None:
-    """Warn of each idle key, and name in one line those that are at their default anyway."""
+    """Say where a config is not its preset, warn of each idle key, and name those that are at their default anyway."""
+    if changed := _not_as_preset(config):
+        kinds = ("tokenizer.strategy", "model.architecture", "model.pretraining_task")
+        level = logging.WARNING if any(line.startswith(kinds) for line in changed) else logging.INFO
+        log.log(level, "Not as in the preset %s: %s.", config.model.preset, ", ".join(changed))
     idle = idle_keys(config)
     for key in idle:
         if key.changed:
             log.warning("%s", key)
     if plain := [key.name for key in idle if not key.changed]:
         log.info("No effect with these settings: %s.", ", ".join(plain))
+
+
+def _not_as_preset(config: Config) -> list[str]:
+    """The keys that the model's preset sets and that have another value, with both."""
+
+    def walk(section: Any, theirs: dict[str, Any], name: str) -> Iterator[str]:
+        for key, value in theirs.items():
+            ours = getattr(section, key)
+            if isinstance(value, dict):
+                yield from walk(ours, value, f"{name}{key}.")
+            elif ours != value:
+                yield f"{name}{key} is {show(ours)} instead of {show(value)}"
+
+    return list(walk(config, PRESETS[config.model.preset].settings, "")) if config.model.preset else []
 
 
 def _written(config: Config, path: list[str]) -> Section | None:

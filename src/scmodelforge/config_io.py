@@ -9,7 +9,7 @@ import logging
 import textwrap
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +224,21 @@ class Suggestions:
     model: Mapping[str, Any] = field(default_factory=dict)
 
 
-def starter_yaml(path: str | Path, suggestions: Suggestions = Suggestions()) -> str:
+def starter_yaml(
+    path: str | Path, suggestions: Suggestions = Suggestions(), overrides: Sequence[str] = ()
+) -> str:
     """Return a commented config for the h5ad file at `path`: every key, its help and a fitting value.
+
+    `overrides` ("key=value") win over the suggestions; with a preset the model is as large as published.
 
     Raises
     ------
     ConfigError
-        If a suggestion is impossible.
+        If a suggestion or an override is impossible.
     """
     hint = suggestions
+    if any(override.partition("=")[0].strip() == "model.preset" for override in overrides):
+        hint = replace(hint, model={})
     labels = {"cell_type_key": hint.label_key}
     values = {
         "data": {
@@ -257,14 +263,7 @@ def starter_yaml(path: str | Path, suggestions: Suggestions = Suggestions()) -> 
         "# scmodelforge train --config THIS_FILE, then finetune and benchmark with the same file.\n"
         "# Every key is here with its help; what you delete takes its default.\n\n"
     )
-    return title + to_yaml(parse_config(_without_none(values)), comments=True)
-
-
-def override_yaml(text: str, overrides: Sequence[str]) -> str:
-    """Return a YAML text with overrides applied, every key with its help; without overrides the text itself."""
-    if not overrides:
-        return text
-    return to_yaml(parse_config(yaml.safe_load(text), overrides), comments=True)
+    return title + to_yaml(parse_config(_without_none(values), overrides), comments=True)
 
 
 def _without_none(values: Any) -> Any:

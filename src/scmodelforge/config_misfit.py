@@ -25,15 +25,27 @@ def _values(config: Config) -> list[tuple[bool, str]]:
     return [
         (
             ranks and embedding != "none",
-            f"value_embedding is '{embedding}' in model, but tokenizer.strategy rank_value carries ranks: set none",
+            f"model.value_embedding is {embedding}, but tokenizer.strategy rank_value carries ranks: set none",
         ),
         (
             embedding == "category" and not bins,
-            "value_embedding category in model needs bins: tokenizer.strategy binned_expression",
+            "model.value_embedding category needs bins: tokenizer.strategy binned_expression",
+        ),
+        (
+            embedding == "category" and not _is_bin(tokenizer.cls_value, tokenizer.n_bins),
+            f"tokenizer.cls_value {tokenizer.cls_value:g} is no bin, and value_embedding category in model has vectors "
+            f"for bins only: set 0 to {tokenizer.n_bins - 1}, or -2 for scGPT's padding value",
+        ),
+        (
+            tokenizer.masking.reference
+            and model.architecture == "transformer_encoder"
+            and model.pretraining_task != "masked_gene_prediction",
+            "tokenizer.masking.reference asks special tokens too, which have no value to tell: set it to false, or "
+            "model.pretraining_task: masked_gene_prediction",
         ),
         (
             embedding == "none" and model.pretraining_task == "expression_reconstruction",
-            "value_embedding none in model: expression_reconstruction tells hidden values from visible ones, so they "
+            "model.value_embedding none: expression_reconstruction tells hidden values from visible ones, so they "
             "must enter the model",
         ),
         (
@@ -57,10 +69,19 @@ def _values(config: Config) -> list[tuple[bool, str]]:
             "data.preprocessing normalize: none and log1p: false, and pretraining_task next_gene or dual_prediction",
         ),
         (
+            model.pooling == "cls" and not (tokenizer.prepend_cls or ranks),
+            "model.pooling cls needs a <cls> token: set tokenizer.prepend_cls: true, or pooling: mean",
+        ),
+        (
             tokenizer.vocab_layout == "scgpt" and tokenizer.append_eos,
             "tokenizer.append_eos: the vocab_layout scgpt has no <eos>",
         ),
     ]
+
+
+def _is_bin(value: float, n_bins: int) -> bool:
+    """Whether the category embedding has a row for it; numbers below 0 stand for hidden values and padding."""
+    return value.is_integer() and value < n_bins
 
 
 def _causal(config: Config) -> list[tuple[bool, str]]:
@@ -88,11 +109,6 @@ def _causal(config: Config) -> list[tuple[bool, str]]:
             "tokenizer.append_eos: false",
         ),
         (
-            objective.batch_labels
-            and (config.value_loss == "zero_truncated_poisson" or model.pretraining_task == "next_gene"),
-            "model.objective.batch_labels: this model has no expression head that could be told the batch",
-        ),
-        (
             bool(objective.cell_weight or objective.ecs_weight or objective.batch_weight),
             "model.objective: cell_weight, ecs_weight and batch_weight belong to models that see the whole cell; an "
             "autoregressive model has them with pretraining_task expression_reconstruction only",
@@ -107,7 +123,7 @@ def _autoencoder(config: Config) -> list[tuple[bool, str]]:
     return [
         (
             embedding not in ("soft_bins", "continuous"),
-            f"value_embedding '{embedding}' in model does not fit masked_autoencoder: use soft_bins or continuous",
+            f"model.value_embedding {embedding} does not fit masked_autoencoder: use soft_bins or continuous",
         ),
         (
             config.tokenizer.include_zero_genes,
@@ -126,7 +142,21 @@ def _autoencoder(config: Config) -> list[tuple[bool, str]]:
 
 def _objective(config: Config) -> list[tuple[bool, str]]:
     model, objective = config.model, config.model.objective
+    names_genes = model.pretraining_task != "expression_reconstruction"
+    tells_values = model.pretraining_task not in ("masked_gene_prediction", "next_gene")
+    weights = (
+        names_genes * objective.gene_weight,
+        tells_values * objective.value_weight,
+        objective.cell_weight,
+        objective.ecs_weight,
+        objective.batch_weight,
+    )
     return [
+        (
+            not any(weights),
+            "model.objective: there is nothing to learn, as the weight of every loss of "
+            f"model.pretraining_task {model.pretraining_task} is 0",
+        ),
         (
             objective.zero_probability and model.pretraining_task != "expression_reconstruction",
             "model.objective.zero_probability belongs to pretraining_task expression_reconstruction",

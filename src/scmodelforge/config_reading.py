@@ -194,6 +194,11 @@ class Reading:
         place = loc
         if kind == "value_error":
             text = str(context["error"])
+            if not loc:  # a rule across sections
+                keys = _keys_in(text)
+                if not any(key[: len(bad)] == bad for key in keys for bad in dropped):
+                    self.problem(self._written_one(keys), text)
+                return
             named = set(re.findall(r"\w+", text))
             if any(bad[:-1] == loc and bad[-1] in named for bad in dropped):
                 return  # follows from a problem that is listed already
@@ -215,6 +220,11 @@ class Reading:
         else:
             text = detail["msg"][:1].lower() + detail["msg"][1:]
         self.problem(place, f"{dotted(loc)}: {text}" if loc else text)
+
+    def _written_one(self, keys: list[Loc]) -> Loc:
+        """The first key that an override wrote, else the first that the file has, else none."""
+        in_file = (key for key in keys if _line_of(self.node, key)[1] == len(key))
+        return next((key for key in keys if key in self.overridden), None) or next(in_file, ())
 
     def resolve_paths(self, config: Config, dropped: set[Loc]) -> Config:
         """Expand paths and collect what does not exist, except under keys that were wrong anyway."""
@@ -337,6 +347,11 @@ def _line_of(node: yaml.Node | None, loc: Loc) -> tuple[int, int]:
         key, node = found[-1]  # merged keys come first, own keys last
         line = key.start_mark.line + 1
     return line, len(loc)
+
+
+def _keys_in(text: str) -> list[Loc]:
+    """The dotted keys that a sentence names."""
+    return [tuple(key.split(".")) for key in re.findall(r"\b[a-z]+(?:\.[a-z_]+)+", text)]
 
 
 def _unknown(loc: Loc) -> str:

@@ -95,7 +95,8 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"'{target}' exists already and is not empty. Choose another output folder.")
+        what = "exists already and is not empty" if target.is_dir() else "is a file"
+        raise UserError(f"'{target}' {what}. Choose another output folder.")
     parent = ensure_writable(target.absolute().parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=parent) as outer:
         temporary = Path(outer) / target.name

@@ -29,7 +29,7 @@ from scmodelforge.files import atomic_path, ensure_target
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
 from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
 from scmodelforge.models.heads import PredictionHead
-from scmodelforge.tokenizers.base import Tokenizer, build_tokenizer
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -69,20 +69,26 @@ def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfi
     DataError
         If the file, its counts or its genes cannot be used with this model.
     """
+    if config is not None and config.extend_vocab is not None:
+        log.warning("data.extend_vocab has no effect here: genes are added to a model by train and finetune.")
     sources = data if isinstance(data, list) else [data]
     selected = bundle.config.data.preprocessing.hvg is not None
     return open_store(sources, bundle.vocab, config or DataConfig(), selected_genes=selected)
 
 
 def token_batches(
-    store: CellStore, rows: np.ndarray, tokenizer: Tokenizer, batch_size: int
+    bundle: ModelBundle, store: CellStore, rows: np.ndarray, batch_size: int
 ) -> Iterator[TokenBatch]:
     """Token batches of the given rows of a store, in their order, made by threads ahead of the model."""
+    tokenizer = build_tokenizer(bundle.config, bundle.vocab)
+    in_order = (
+        bundle.config.tokenizer.bin_ties == "numpy"
+    )  # numpy's generator serves one cell after the other
 
     def make(epoch: int, step: int) -> TokenBatch:
         return tokenizer(store.read(rows[step * batch_size : (step + 1) * batch_size]))
 
-    yield from BatchLoader(make, -(-len(rows) // batch_size), THREADS)
+    yield from BatchLoader(make, -(-len(rows) // batch_size), 1 if in_order else THREADS)
 
 
 def embed_store(
@@ -102,7 +108,7 @@ def embed_store(
     embeddings = np.empty((len(rows), model.hidden_dim), dtype=np.float32)
     done, n_empty = 0, 0
     with torch.inference_mode():
-        for tokens in token_batches(store, rows, build_tokenizer(bundle.config, bundle.vocab), batch_size):
+        for tokens in token_batches(bundle, store, rows, batch_size):
             vectors = model.encode(tokens.to(device), pooling)
             embeddings[done : done + tokens.n_cells] = vectors.float().cpu().numpy()
             done += tokens.n_cells
@@ -144,9 +150,7 @@ def predict_store(
     outputs = np.empty((store.n_cells, labels.n_outputs), dtype=np.float32)
     n_empty = 0
     with torch.inference_mode():
-        for tokens in token_batches(
-            store, np.arange(store.n_cells), build_tokenizer(bundle.config, bundle.vocab), batch_size
-        ):
+        for tokens in token_batches(bundle, store, np.arange(store.n_cells), batch_size):
             prediction = head(model.encode(tokens.to(device))).float()
             if labels.task == "classification":
                 prediction = prediction.softmax(dim=1)
@@ -190,7 +194,7 @@ def embed(
     model
         A loaded model, a checkpoint or a model folder.
     pooling
-        "mean" over genes or "cls"; None: as the model is set.
+        "mean" over genes, "cls" or "window"; None: as the model is set.
     config
         Where the counts are, if not in X (`DataConfig(layer="counts")`).
     copy

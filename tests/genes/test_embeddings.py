@@ -110,14 +110,14 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_gene_embeddings(path, VOCAB)
 
-    refused(tmp_path / "none.npz", "There is no file")
+    refused(tmp_path / "none.npz", "there is no file")
     (tmp_path / "a.txt").write_text("x")
     refused(tmp_path / "a.txt", r"must be a file ending in .safetensors, .npz, .h5")
     for ending in ("npz", "h5", "safetensors"):
         (tmp_path / f"broken.{ending}").write_bytes(b"nothing of the kind")
         refused(tmp_path / f"broken.{ending}", "cannot be read")
     strange = [f"ENSG9999999{i:04d}" for i in range(N_GENES)]
-    refused(write(tmp_path / "strange", strange, VECTORS, "npz matrix"), "None of the 12 genes")
+    refused(write(tmp_path / "strange", strange, VECTORS, "npz matrix"), "none of the 12 genes")
     refused(write(tmp_path / "flat", ids, VECTORS[:, 0], "npz matrix"), r"shape \(12,\)")
     refused(write(tmp_path / "short", ids, VECTORS[:5], "h5 matrix"), r"shape \(5, 5\)")
     refused(write(tmp_path / "deep", ids, VECTORS[:, None], "h5 genes"), r"shape \(1, 5\)")

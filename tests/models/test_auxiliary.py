@@ -134,6 +134,15 @@ def test_only_unknown_batches_have_no_loss() -> None:
     assert (term.count, term.mean.item()) == (0, 0.0)
 
 
+def test_validation_cells_of_unknown_batches_leave_a_loss_to_compare() -> None:
+    settings = config(**BATCH)
+    model, task = build_model(settings, vocab(), seed=0), build_objective(settings, vocab())
+    training = task.corrupt(tokens([0, 0]), 1, 0)
+    metrics = task.metrics(task.count(task(model, training), training))
+    assert metrics["loss"] == metrics["expression_loss"]
+    assert np.isnan(metrics["batch_loss"])
+
+
 def test_the_identity_keeps_values() -> None:
     x = torch.randn(3)
     assert torch.equal(ReversedGradient.apply(x), x)

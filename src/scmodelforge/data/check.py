@@ -18,7 +18,7 @@ from scmodelforge.config_io import Suggestions
 from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
 from scmodelforge.data.preprocess import QUANTILES
 from scmodelforge.data.state import locate, matrix_state
-from scmodelforge.data.store import to_vocabulary, warn_if_few
+from scmodelforge.data.store import missing_obs_column, to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
 
@@ -112,8 +112,10 @@ class CheckReport:
         return [*out, "Not ready to train:", *(f"  - {problem}" for problem in self.problems)]
 
 
-def check(source: Source, config: DataConfig | None = None) -> CheckReport:
+def check(source: Source, config: DataConfig | None = None, obs_columns: Sequence[str] = ()) -> CheckReport:
     """Look at every cell of one file or AnnData, with the vocabulary that the config names.
+
+    `obs_columns` are those that the model is to read (`Config.obs_columns`); a missing one is a problem.
 
     Raises
     ------
@@ -122,7 +124,11 @@ def check(source: Source, config: DataConfig | None = None) -> CheckReport:
     """
     config = config or DataConfig()
     matrix = open_matrix(source, config.layer)
-    return check_data(source, resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column), config)
+    vocab = resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column)
+    report = check_data(source, vocab, config)
+    if problem := missing_obs_column(matrix.obs, obs_columns):
+        report.problems.append(problem)
+    return report
 
 
 def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckReport:

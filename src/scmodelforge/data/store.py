@@ -203,7 +203,19 @@ def open_store(
     return store
 
 
-def obs_categories(obs: pd.DataFrame, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def missing_obs_column(obs: pd.DataFrame, columns: Sequence[str]) -> str:
+    """Say which of the obs columns that a model reads is not there; "" if all are."""
+    for column in columns:
+        if column not in obs:
+            there = ", ".join(map(str, obs.columns[:20])) or "none"
+            return (
+                f"there is no obs column '{column}', which the model is to read; there are: {there}. Correct "
+                "tokenizer.obs_tokens (or model.objective.batch_key), or leave the column out: obs_tokens: []."
+            )
+    return ""
+
+
+def obs_categories(obs: pd.DataFrame, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The categories of obs columns, ascending.
 
     Raises
@@ -211,12 +223,8 @@ def obs_categories(obs: pd.DataFrame, columns: tuple[str, ...]) -> dict[str, tup
     DataError
         If there is no such column.
     """
-    for column in columns:
-        if column not in obs:
-            raise DataError(
-                f"tokenizer.obs_tokens and model.objective.batch_key name the obs column '{column}', which no file "
-                f"has; there are: {', '.join(map(str, obs.columns[:20])) or 'none'}."
-            )
+    if problem := missing_obs_column(obs, columns):
+        raise DataError(problem[0].upper() + problem[1:])
     return {column: tuple(sorted(obs[column].dropna().astype(str).unique())) for column in columns}
 
 

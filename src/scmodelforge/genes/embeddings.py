@@ -42,13 +42,15 @@ class _Vectors:
     take: Callable[[np.ndarray], np.ndarray]
 
 
-def read_gene_embeddings(path: str | Path, vocab: GeneVocab) -> tuple[np.ndarray, np.ndarray]:
+def read_gene_embeddings(
+    path: str | Path, vocab: GeneVocab, key: str = "model.gene_embeddings"
+) -> tuple[np.ndarray, np.ndarray]:
     """Read the vectors of a vocabulary's genes.
 
     Names in the file are recognised as those of data files are: Ensembl ids without their version, symbols, earlier
     symbols. Of several rows of one gene the first is taken. A gene without a vector gets the mean of the others and a
     little noise (a tenth of their spread), so that such genes can be told apart; special tokens get noise alone. The
-    noise is the same each time.
+    noise is the same each time. `key` names the file in messages.
 
     Returns
     -------
@@ -64,17 +66,17 @@ def read_gene_embeddings(path: str | Path, vocab: GeneVocab) -> tuple[np.ndarray
         are no numbers, not finite, or of different widths.
     """
     path = Path(path)
-    with _opened(path) as found:
+    with _opened(path, key) as found:
         if not found.names:
-            raise DataError(f"The gene embeddings '{path}' hold no genes.")
+            raise DataError(f"{key}: '{path}' holds no genes.")
         at = match_genes(pd.DataFrame(index=found.names), vocab, "index").gene_index
         genes, rows = np.unique(at, return_index=True)
         genes, rows = genes[genes >= 0], rows[genes >= 0]
         if not len(genes):
             raise DataError(
-                f"None of the {len(at):,} genes in '{path}' is in the vocabulary '{vocab.name}' (the file has "
-                f"{found.names[0]}, …; the vocabulary {vocab.gene_ids[0]}, …).\n"
-                "model.gene_embeddings needs Ensembl ids or symbols of the genes in data.gene_vocab."
+                f"{key}: none of the {len(at):,} genes in '{path}' is among the {vocab.n_genes:,} that need a vector "
+                f"(the file has {found.names[0]}, …; needed are {vocab.gene_ids[0]}, …). It must name genes by Ensembl "
+                "id or symbol."
             )
         vectors = found.take(rows)
     if (wrong := ~np.isfinite(vectors).all(axis=1)).any():
@@ -116,12 +118,14 @@ def _say(path: Path, vocab: GeneVocab, at: np.ndarray, known: np.ndarray, width:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Vectors]:
+def _opened(path: Path, key: str) -> Iterator[_Vectors]:
     """The vectors in a file, which is open as long as the block runs."""
     if not path.is_file():
-        raise DataError(f"There is no file of gene embeddings at '{path}'.")
+        raise DataError(f"{key}: there is no file '{path}'.")
     if path.suffix not in SUFFIXES:
-        raise DataError(f"The gene embeddings '{path}' must be a file ending in {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"{key}: '{path}' does not end in {', '.join(SUFFIXES)}: gene vectors are read from these."
+        )
     # imported here, since it imports torch
     from safetensors import SafetensorError, safe_open
 
@@ -144,7 +148,7 @@ def _opened(path: Path) -> Iterator[_Vectors]:
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         pickled = "allow_pickle" in str(error)
         why = "it holds Python objects; write the ids as text (dtype 'U')" if pickled else str(error)
-        raise DataError(f"The gene embeddings '{path}' cannot be read: {why}.") from error
+        raise DataError(f"{key}: '{path}' cannot be read: {why}.") from error
 
 
 def _dataset(path: Path, file: h5py.File, name: str) -> np.ndarray:

@@ -35,6 +35,7 @@ PREFERRED_COLUMNS = (
     "gene_short_name",
     "symbol",
 )
+TRAINED = "A trained model keeps its genes: take another one, or add genes in train or finetune (data.extend_vocab)."
 NEARLY_ALL = 0.95  # Ensembl ids are taken when they find this share of what the best column finds
 
 
@@ -151,13 +152,13 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
         return (
             f"The genes look like {species} ({found.n_matched:,} of {len(var):,} are known {species} genes, "
             f"by {kind} in {_place(found.column)}), but the vocabulary '{vocab.name}' is {vocab.species}: "
-            f"set data.gene_vocab: {species}_protein_coding."
+            f"set data.gene_vocab: {species}_protein_coding. {TRAINED}"
         )
     return (
         f"{found.n_matched:,} of {len(var):,} genes are known {species} genes (by {kind} in "
         f"{_place(found.column)}), but the vocabulary '{vocab.name}' has only {match.n_genes:,} of them: "
         f"with {vocab.n_genes:,} genes it is too small, or made for other data. Set data.gene_vocab: "
-        f"{species}_protein_coding or from_data."
+        f"{species}_protein_coding or from_data. {TRAINED}"
     )
 
 

@@ -28,6 +28,7 @@ from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.heads import PredictionHead
+from scmodelforge.models.published import LOOKS, family_of
 
 CHECKPOINT_KEY = "scmodelforge"
 FORMAT_VERSION = 1
@@ -240,7 +241,13 @@ def load_model(path: str | Path) -> ModelBundle:
         return bundle_from_checkpoint(read_checkpoint(path), str(path))
     for name in ("config.yaml", "model.safetensors", "genes.parquet"):
         if not (path / name).is_file():
-            raise ModelError(f"'{path}' is not a model folder: it has no {name}.")
+            found = family_of(path)
+            hint = (
+                f"\nIt looks like {LOOKS[found]}; 'scmodelforge import' makes a model folder of it."
+                if found
+                else ""
+            )
+            raise ModelError(f"'{path}' is not a model folder: it has no {name}.{hint}")
     try:
         with safe_open(path / "model.safetensors", framework="pt") as weights:
             fingerprint = (weights.metadata() or {}).get("vocabulary")
@@ -286,9 +293,12 @@ def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
     """
     have = bundle.config
     config = with_gene_width_of(config, have)
+    asked_model = config.model.model_copy(
+        update={"preset": have.model.preset}
+    )  # its keys are compared, not its name
     problems = [
         *differences(config.tokenizer, have.tokenizer, "tokenizer"),
-        *differences(config.model, have.model, "model"),
+        *differences(asked_model, have.model, "model"),
         *differences(config.data.preprocessing, have.data.preprocessing, "data.preprocessing"),
     ]
     asked, had = (Path(section.data.gene_vocab).expanduser().resolve() for section in (config, have))

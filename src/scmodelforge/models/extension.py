@@ -160,7 +160,7 @@ def _grown(
 
 def _take_vectors(table: torch.Tensor, path: str, new: GeneVocab) -> None:
     """Put the vectors of a file into the last rows of `table`, for the new genes that have one."""
-    vectors, known = read_gene_embeddings(path, new)
+    vectors, known = read_gene_embeddings(path, new, "data.extend_vocab")
     if vectors.shape[1] != table.shape[1]:
         raise ConfigError(
             f"data.extend_vocab: the vectors in '{path}' have {vectors.shape[1]} numbers, and the gene embeddings of "

@@ -16,7 +16,7 @@ from scmodelforge.config import Config
 from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians, select_hvg
 from scmodelforge.data.split import split_cells
-from scmodelforge.data.store import CellStore, obs_categories, open_store
+from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
 from scmodelforge.models.bundle import ModelBundle
@@ -108,6 +108,8 @@ def prepare_data(
 
     vocab = vocabulary_of(config, sources)
     store = open_store(sources, vocab, config.data)
+    if problem := missing_obs_column(store.obs, config.obs_columns):
+        raise DataError(problem[0].upper() + problem[1:])
     prepared = _split(config, store, vocab)
 
     preprocessing = config.data.preprocessing

@@ -13,6 +13,7 @@ from lightning import Trainer
 
 from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
+from scmodelforge.config_reading import show
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ConfigError, ModelError
@@ -336,7 +337,7 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     had = _flat(had_config.model_dump(mode="json"))
     sections = ("data.", "tokenizer.", "model.", *(("finetune.",) if fine_tuned else ()))
     problems = [
-        f"{key}: {asked[key]} in the config, {had.get(key)} in the run"
+        f"{key}: {show(asked[key])} in the config, {show(had.get(key))} in the run"
         for key in asked
         if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
         and asked[key] != had.get(key)
@@ -348,7 +349,8 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
         raise ModelError(
             f"The run in '{resume}' cannot go on with this config:\n  "
             + "\n  ".join(problems)
-            + "\nUse the config and the --set options it was started with, or start a new run without --resume."
+            + "\nUse the config, the --set options and the --checkpoint (if any) it was started with, or start a new "
+            "run without --resume."
         )
     if plain["cpu_threads"] != torch.get_num_threads():
         log.warning(

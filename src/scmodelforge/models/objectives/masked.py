@@ -156,13 +156,15 @@ class MaskedPrediction:
 
 
 def loss_metrics(config: Config, terms: tuple[str, ...], sums: dict[str, float]) -> dict[str, float]:
-    """The whole loss and, where there are several terms, each of them."""
+    """The whole loss and, where there are several terms, each of them; NaN for the mean of nothing.
+
+    A term that nothing was asked of, such as the batches of cells that are all of unknown ones, adds nothing.
+    """
     weights = term_weights(config)
-    means = {
-        name: sums[f"{name}_total"] / sums[f"{name}_count"] if sums[f"{name}_count"] else float("nan")
-        for name in terms
-    }
-    loss = {"loss": sum(weights[name] * mean for name, mean in means.items())}
+    asked = [name for name in terms if sums[f"{name}_count"]]
+    means = dict.fromkeys(terms, float("nan"))
+    means |= {name: sums[f"{name}_total"] / sums[f"{name}_count"] for name in asked}
+    loss = {"loss": sum(weights[name] * means[name] for name in asked) if asked else float("nan")}
     return loss | ({f"{name}_loss": mean for name, mean in means.items()} if len(terms) > 1 else {})
 
 

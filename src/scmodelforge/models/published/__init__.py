@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from scmodelforge.models.bundle import ModelBundle
 
 FAMILIES = ("geneformer", "scgpt", "transcriptformer")
+FILES = {  # without which no folder is one of the family
+    "geneformer": ("config.json",),
+    "scgpt": ("args.json", "best_model.pt", "vocab.json"),
+    "transcriptformer": ("config.json", "model_weights.pt", "vocabs"),
+}
 FORMATS = {"huggingface-bert": "geneformer", "scgpt": "scgpt", "transcriptformer": "transcriptformer"}
 
 
@@ -53,6 +58,11 @@ def import_model(family: str, folder: str | Path, dictionaries: str | Path | Non
     found = family_of(folder)
     if found not in (family, None):
         raise ModelError(f"'{folder}' is no folder of {family}: it looks like {LOOKS[found]}.")
+    if missing := [name for name in FILES[family] if not (folder / name).exists()]:
+        raise ModelError(
+            f"'{folder}' is no folder of {family}: it has no {', '.join(missing)}. Name the folder that holds "
+            "the published files."
+        )
     return _module(family).read_published(folder, **options)
 
 

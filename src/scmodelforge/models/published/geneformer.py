@@ -124,6 +124,11 @@ def from_bert(state: dict[str, torch.Tensor], num_layers: int) -> dict[str, torc
     require_same_keys(set(names.values()), set(state), REDUNDANT | {TOKEN_TYPES}, what)
     renamed = {ours: state[theirs] for ours, theirs in names.items()}
     if TOKEN_TYPES in state:
+        shapes = [tuple(state[name].shape) for name in (TOKEN_TYPES, NAMES["embedding.ranks.weight"])]
+        if not all(len(shape) == 2 and shape[0] for shape in shapes) or shapes[0][1] != shapes[1][1]:
+            raise ModelError(
+                f"{TOKEN_TYPES} has the shape {shapes[0]}, and the ranks, which it is added to, {shapes[1]}."
+            )
         renamed["embedding.ranks.weight"] = renamed["embedding.ranks.weight"] + state[TOKEN_TYPES][0]
     return renamed
 
@@ -180,8 +185,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ModelError(f"'{path}' does not describe a BERT, which every Geneformer is.")
     kinds = settings.get("architectures") or ["BertForMaskedLM"]
     if kinds != ["BertForMaskedLM"]:
+        names = ", ".join(map(str, kinds)) if isinstance(kinds, list) else str(kinds)
         raise ModelError(
-            f"'{path}' describes a {', '.join(map(str, kinds))}; a pretrained Geneformer is a BertForMaskedLM. A model "
+            f"'{path}' describes a {names}; a pretrained Geneformer is a BertForMaskedLM. A model "
             "that was fine-tuned by Geneformer's own code has lost the head that pretraining needs."
         )
     settings = BERT_DEFAULTS | settings

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scmodelforge.config import Config
-from scmodelforge.errors import ModelError
+from scmodelforge.config_reading import Reading
+from scmodelforge.errors import ConfigError, ModelError
 
 PICKLE_HELP = (
     "Only dictionaries, lists, strings, numbers and numpy scalars are read from pickles, because anything else "
@@ -38,14 +38,14 @@ def config_from(settings: dict[str, Any], path: Path) -> Config:
     ModelError
         If they contradict each other, or are of a wrong kind.
     """
+    reading = Reading(str(path))
     try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ModelError(
-            f"The settings in '{path}' cannot be used: {where}{': ' if where else ''}{problem['msg']}."
-        ) from error
+        config, _ = reading.validate(settings)
+        reading.raise_if_wrong()
+    except ConfigError as error:
+        raise ModelError(f"These settings, under our names for them, make no model. {error}") from error
+    assert config is not None  # no config without a problem
+    return config
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -56,14 +56,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises
     ------
     ModelError
-        If the file is missing, damaged, or holds anything but tensors and plain values.
+        If the file is missing, damaged, holds anything but tensors and plain values, or numbers that are not finite.
     """
     _require_file(path)
     if path.suffix == ".safetensors":
         try:
             state: Any = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"'{path}' cannot be read as safetensors: {error}") from error
+            raise ModelError(
+                f"'{path}' cannot be read as safetensors: {error}. Copy or download it again."
+            ) from error
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -73,14 +75,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 "could run code, or was not written by torch.save. Export its weights as .safetensors."
             ) from error
         except Exception as error:  # torch raises whatever a damaged file makes it stumble over
-            raise ModelError(f"'{path}' cannot be read as weights; it is damaged: {error}") from error
+            size = f"{path.stat().st_size:,} bytes"
+            raise ModelError(
+                f"'{path}' ({size}) cannot be read as weights: it is damaged or was cut off. Copy or download it again."
+            ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state:
         raise ModelError(f"'{path}' holds no weights by name.")
-    odd = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    odd = [repr(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if odd:
-        raise ModelError(f"'{path}' is no plain table of weights: {', '.join(odd[:5])} are not tensors.")
+        raise ModelError(f"'{path}' is no table of tensors by name; it holds {', '.join(odd[:5])}.")
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(f"'{path}' holds weights that are not finite: {_some(broken)}.")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return dict(state)
@@ -147,6 +155,11 @@ def require_same_keys(ours: set[str], theirs: set[str], ignored: set[str], what:
         raise ModelError(
             f"These weights are not those of {what}.\n  missing: {_some(missing)}\n  left over: {_some(left_over)}"
         )
+
+
+def n_rows(table: torch.Tensor) -> int:
+    """Rows of a matrix; 0 for what is none."""
+    return len(table) if table.ndim == 2 else 0
 
 
 def _some(names: list[str], limit: int = 10) -> str:

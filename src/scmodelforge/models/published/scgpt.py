@@ -24,7 +24,7 @@ from scmodelforge.genes.names import recognise, reference_of_species
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 from scmodelforge.models.bundle import ModelBundle, assemble
 from scmodelforge.models.embeddings import MASKED_VALUE
-from scmodelforge.models.published.reading import config_from, read_json, read_weights
+from scmodelforge.models.published.reading import config_from, n_rows, read_json, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,10 @@ def from_scgpt(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         layer = THEIR_LAYER.fullmatch(name)
         packed = layer and PACKED.fullmatch(layer[2])
         if layer and packed:
+            if tensor.ndim == 0 or len(tensor) % 3:
+                raise ModelError(
+                    f"{name} has the shape {tuple(tensor.shape)}; q, k and v are not three equal parts."
+                )
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 ours[f"transformer.blocks.{layer[1]}.attention.{part}.{packed[1]}"] = rows.clone()
         elif layer and (inner := _renamed(layer[2].replace("._impl.", "."), LAYER_PREFIXES)):
@@ -157,7 +161,7 @@ def read_published(folder: Path) -> ModelBundle:
         If files are missing or damaged, do not belong together, or hold a model that ours cannot be.
     """
     args = read_json(folder / "args.json")
-    if not isinstance(args, dict) or (missing := [key for key in SIZES if key not in args]):
+    if missing := [key for key in SIZES if not isinstance(args, dict) or key not in args]:
         raise ModelError(
             f"'{folder / 'args.json'}' does not describe an scGPT; it lacks {', '.join(missing)}."
         )
@@ -167,7 +171,7 @@ def read_published(folder: Path) -> ModelBundle:
     ]:
         raise ModelError(f"'{folder / 'best_model.pt'}' is not an scGPT: it has no {', '.join(missing)}.")
     state = {name: tensor.float() for name, tensor in from_scgpt(theirs).items()}
-    vocab, rows = _read_vocab(folder / "vocab.json", n_rows=len(state[TOKENS]))
+    vocab, rows = _read_vocab(folder / "vocab.json", n_tokens=n_rows(state[TOKENS]))
     config = _config(args, state, folder)
     if config.model.objective.batch_key:
         n_batches = len(state.get(BATCHES, state.get("auxiliary.batch.out.bias", [])))
@@ -236,16 +240,16 @@ def _config(args: dict[str, Any], state: dict[str, torch.Tensor], folder: Path) 
 # --- vocabulary -----------------------------------------------------------------------------------
 
 
-def _read_vocab(path: Path, n_rows: int) -> tuple[GeneVocab, np.ndarray]:
+def _read_vocab(path: Path, n_tokens: int) -> tuple[GeneVocab, np.ndarray]:
     """Our vocabulary, and the row of scGPT's embedding for each of our tokens, -1 for none."""
     table = read_json(path)
     if not isinstance(table, dict) or sorted(table.values(), key=str) != sorted(range(len(table)), key=str):
         raise ModelError(f"'{path}' does not number its tokens 0, 1, 2, … without gaps and repeats.")
     for token in SPECIAL_TOKENS:  # as scGPT does on loading
         table.setdefault(token, len(table))
-    if len(table) != n_rows:
+    if len(table) != n_tokens:
         raise ModelError(
-            f"'{path}' has {len(table):,} tokens with {' '.join(SPECIAL_TOKENS)}, and the weights have {n_rows:,}: "
+            f"'{path}' has {len(table):,} tokens with {' '.join(SPECIAL_TOKENS)}, and the weights have {n_tokens:,}: "
             "they belong to different models."
         )
     special = VOCAB_LAYOUTS["scgpt"]

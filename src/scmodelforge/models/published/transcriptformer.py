@@ -22,7 +22,13 @@ from scmodelforge.genes.tables import known_genes
 from scmodelforge.genes.vocab import GeneVocab, species_of
 from scmodelforge.models.bundle import ModelBundle, assemble
 from scmodelforge.models.objectives.counts import EPSILON
-from scmodelforge.models.published.reading import config_from, read_json, read_weights, require_same_keys
+from scmodelforge.models.published.reading import (
+    config_from,
+    n_rows,
+    read_json,
+    read_weights,
+    require_same_keys,
+)
 
 # Their special tokens by our names; any other "[X]" is "<x>".
 SPECIAL_TOKENS = {"unknown": "<unknown>", "[START]": "<cls>", "[END]": "<eos>"}
@@ -125,8 +131,8 @@ def read_published(folder: Path) -> ModelBundle:
     vocab = _read_vocab(folder, data, categories)
     weights = folder / "model_weights.pt"
     state = {name: tensor.float() for name, tensor in read_weights(weights).items()}
-    if VECTORS not in state or len(state[VECTORS]) != vocab.n_tokens:
-        rows = f"{len(state[VECTORS]):,} rows" if VECTORS in state else "no gene vectors"
+    if VECTORS not in state or n_rows(state[VECTORS]) != vocab.n_tokens:
+        rows = f"{n_rows(state[VECTORS]):,} gene vectors" if VECTORS in state else "no gene vectors"
         raise ModelError(
             f"'{weights}' has {rows}, and the vocabulary in '{folder / 'vocabs'}' {vocab.n_tokens:,} tokens "
             f"({len(vocab.special_tokens)} special ones): they belong to different models."
@@ -134,7 +140,7 @@ def read_published(folder: Path) -> ModelBundle:
     config = _config(path, settings, columns, state[VECTORS].shape[1])
     for column, order in orders.items():
         name = f"aux_embeddings.{column}.weight"
-        if name in state and len(state[name]) == len(order):
+        if name in state and n_rows(state[name]) == len(order):
             state[name] = state[name][order]
     ours = from_transcriptformer(state, config)
     return assemble(config, vocab, None, {f"model.{k}": v for k, v in ours.items()}, str(weights))
@@ -144,9 +150,10 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
     """The sections of config.json that say how the model computes."""
     settings = read_json(path)
     settings = settings.get("model", settings) if isinstance(settings, dict) else {}
+    settings = settings if isinstance(settings, dict) else {}
     names = ("model_config", "data_config", "loss_config")
-    if not all(isinstance(settings.get(name), dict) for name in names):
-        raise ModelError(f"'{path}' is no config of a TranscriptFormer: it lacks {', '.join(names)}.")
+    if missing := [name for name in names if not isinstance(settings.get(name), dict)]:
+        raise ModelError(f"'{path}' is no config of a TranscriptFormer: it lacks {', '.join(missing)}.")
     if settings.get("model_type", "transcriptformer") != "transcriptformer":
         raise ModelError(f"'{path}' describes a {settings['model_type']}, which is no transformer.")
     return {name: settings[name] for name in names}
@@ -154,7 +161,7 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
 
 def _names(value: Any) -> list[str]:
     """A list that may be written with commas, and may be empty."""
-    parts = value.split(",") if isinstance(value, str) else value or []
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(part).strip() for part in parts]
 
 
@@ -323,7 +330,7 @@ def _require_same_arithmetic(config: Config) -> None:
         wrong.append("model.gene_embedding_dim is None: its gene embeddings are learned, not given")
     if wrong:
         raise ModelError(
-            f"This model cannot be written as a TranscriptFormer, which is another: {'; '.join(wrong)}."
+            "This model is no TranscriptFormer, as which it should be exported:\n  " + "\n  ".join(wrong)
         )
 
 
