@@ -158,6 +158,10 @@ def _objective(config: Config) -> list[tuple[bool, str]]:
             f"model.pretraining_task {model.pretraining_task} is 0",
         ),
         (
+            objective.batch_labels and (not tells_values or config.value_loss == "zero_truncated_poisson"),
+            "model.objective.batch_labels: this model has no expression head that could be told the batch",
+        ),
+        (
             objective.zero_probability and model.pretraining_task != "expression_reconstruction",
             "model.objective.zero_probability belongs to pretraining_task expression_reconstruction",
         ),
