@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 
     refused(tmp_path / "none.npz", "there is no file")
     (tmp_path / "a.txt").write_text("x")
-    refused(tmp_path / "a.txt", r"must be a file ending in .safetensors, .npz, .h5")
+    refused(tmp_path / "a.txt", r"does not end in .safetensors, .npz, .h5")
     for ending in ("npz", "h5", "safetensors"):
         (tmp_path / f"broken.{ending}").write_bytes(b"nothing of the kind")
         refused(tmp_path / f"broken.{ending}", "cannot be read")
