@@ -285,7 +285,7 @@ def test_tokens_without_a_model_take_categories_from_the_data(
         tokens(cells, 1, config=Config.model_validate(sections))
     assert "gene medians are unknown" in caplog.text
     sections["tokenizer"] = {"strategy": "continuous_projection", "obs_tokens": ["lane"]}
-    with pytest.raises(DataError, match="no obs column 'lane', .*; there are: cell_type, donor"):
+    with pytest.raises(DataError, match=r"no obs column 'lane', .*; there are: cell_type, donor"):
         tokens(cells, 1, config=Config.model_validate(sections))
 
 
