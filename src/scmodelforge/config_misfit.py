@@ -144,18 +144,12 @@ def _objective(config: Config) -> list[tuple[bool, str]]:
     model, objective = config.model, config.model.objective
     names_genes = model.pretraining_task != "expression_reconstruction"
     tells_values = model.pretraining_task not in ("masked_gene_prediction", "next_gene")
-    weights = (
-        names_genes * objective.gene_weight,
-        tells_values * objective.value_weight,
-        objective.cell_weight,
-        objective.ecs_weight,
-        objective.batch_weight,
-    )
+    main = ["gene_weight"] * names_genes + ["value_weight"] * tells_values
+    weights = [getattr(objective, key) for key in (*main, "cell_weight", "ecs_weight", "batch_weight")]
     return [
         (
             not any(weights),
-            "model.objective: there is nothing to learn, as the weight of every loss of "
-            f"model.pretraining_task {model.pretraining_task} is 0",
+            f"{' and '.join(f'model.objective.{key}' for key in main)} 0: the model has nothing to learn",
         ),
         (
             objective.batch_labels and (not tells_values or config.value_loss == "zero_truncated_poisson"),

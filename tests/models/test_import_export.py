@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from scmodelforge.errors import ModelError, UserError
 from scmodelforge.models.bundle import load_model, save_bundle
 from scmodelforge.models.published import export_model, import_model
 from scmodelforge.models.published.geneformer import TOKEN_TYPES
-from scmodelforge.models.published.reading import read_pickle
+from scmodelforge.models.published.reading import read_pickle, read_weights
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
 from tests.helpers import make_cells, marker_cells
-from tests.journeys.command import done, refused
+from tests.journeys.command import done, refused, sets
 from tests.models.published_files import GENES, SPECIALS, geneformer_folder, preset_folder
 
 transformers = pytest.importorskip("transformers", reason="needs the dev extra (transformers)")
@@ -319,3 +320,93 @@ def test_settings_that_contradict_each_other_are_refused(
     words = (file, "must be divisible by num_heads (7)")
     refused("import", "--from", family, tmp_path / "a", "--output", tmp_path / "new", words=words)
     assert not (tmp_path / "new").exists()
+
+
+def _of_weights(name: str, change) -> object:
+    def damage(folder: Path) -> None:
+        (path,) = (path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+        save, load = (save_file, load_file) if path.suffix == ".safetensors" else (torch.save, read_weights)
+        state = load(path)
+        save(state | {name: change(state[name])}, path)
+
+    return damage
+
+
+def _of_settings(*keys: str, value: object) -> object:
+    def damage(folder: Path) -> None:
+        (path,) = (path for path in folder.glob("*.json") if path.name in ("args.json", "config.json"))
+        settings = inner = json.loads(path.read_text())
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        path.write_text(json.dumps(settings))
+
+    return damage
+
+
+TYPES = "bert.embeddings.token_type_embeddings.weight"
+QKV = "transformer_encoder.layers.0.self_attn.Wqkv.weight"
+AUX = "aux_embeddings.assay.weight"
+
+
+@pytest.mark.parametrize(
+    ("family", "damage", "message"),
+    [
+        ("geneformer", _of_settings("architectures", value=3), "describes a 3"),
+        (
+            "geneformer",
+            _of_settings("hidden_dropout_prob", value="x"),
+            r"model\.dropout: must be a number, not 'x'",
+        ),
+        ("geneformer", _of_weights(TYPES, lambda t: t.sum()), r"has the shape \(\)"),
+        ("geneformer", _of_weights(TYPES, lambda t: t * np.nan), "not finite"),
+        ("geneformer", lambda f: (f / "config.json").unlink(), "it has no config.json"),
+        ("scgpt", lambda f: (f / "args.json").write_text("[]"), "lacks embsize"),
+        ("scgpt", lambda f: torch.save({3: torch.zeros(1)}, f / "best_model.pt"), "no table of tensors"),
+        ("scgpt", lambda f: (f / "best_model.pt").write_bytes(b""), "0 bytes.*damaged or was cut off"),
+        ("scgpt", _of_weights(QKV, lambda t: t[:-1]), "not three equal parts"),
+        ("scgpt", _of_weights("encoder.embedding.weight", torch.sum), "different models"),
+        (
+            "transcriptformer",
+            lambda f: (f / "config.json").write_text('{"model": 3}'),
+            "it lacks model_config",
+        ),
+        ("transcriptformer", _of_settings("model", "data_config", "special_tokens", value=3), r"\(none\)"),
+        ("transcriptformer", _of_weights(AUX, torch.sum), "shape"),
+        ("transcriptformer", lambda f: shutil.rmtree(f / "vocabs"), "it has no vocabs"),
+    ],
+)
+def test_damage_ends_in_one_message(family: str, damage, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    family = family.replace("transcriptformer", "transcriptformer")
+    if family == "geneformer":
+        geneformer_folder(folder)
+    elif family == "scgpt":
+        preset_folder(folder, "scgpt-human")
+    else:
+        preset_folder(folder, "transcriptformer-sapiens", gene_embedding_dim=6)
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        import_model(family, folder)
+    refused("import", "--from", family, folder, "--output", tmp_path / "new", words=())
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_published_folder_that_is_not_imported_yet_is_recognised(tmp_path: Path, cells: Path) -> None:
+    preset_folder(tmp_path / "published", "scgpt-human")
+    embed = ("embed", "--model", tmp_path / "published", "--data", cells, "--output", tmp_path / "e.h5ad")
+    refused(*embed, words=("it has no config.yaml", "--from scgpt", "scmodelforge import"))
+
+
+def test_the_name_of_a_preset_contradicts_no_model(tmp_path: Path, cells: Path) -> None:
+    preset_folder(tmp_path / "published", "scgpt-human")
+    model = save_bundle(import_model("scgpt", tmp_path / "published"), tmp_path / "model")
+    tiny = sets(
+        model__preset="scgpt-human",
+        tokenizer__max_genes=32,
+        model__hidden_dim=16,
+        model__num_layers=2,
+        model__num_heads=2,
+        model__ffn_dim=24,
+    )
+    done("embed", "--model", model, "--data", cells, "--output", tmp_path / "e.h5ad", *tiny)

@@ -79,6 +79,8 @@ def read_gene_embeddings(
                 "id or symbol."
             )
         vectors = found.take(rows)
+        if not vectors.shape[1]:
+            raise DataError(f"{key}: the vectors in '{path}' have no numbers.")
     if (wrong := ~np.isfinite(vectors).all(axis=1)).any():
         raise DataError(
             f"'{path}' has vectors of {int(wrong.sum()):,} genes with values that are not finite (first: "
@@ -135,12 +137,14 @@ def _opened(path: Path, key: str) -> Iterator[_Vectors]:
                 yield _layout(path, list(arrays.files), lambda name: arrays[name])
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as tensors:
-                ids = (tensors.metadata() or {}).get("gene_ids")
+                ids = json.loads((tensors.metadata() or {}).get("gene_ids", "null"))
+                if not isinstance(ids, list | None) or not all(isinstance(name, str) for name in ids or []):
+                    raise DataError(f"{key}: gene_ids in the metadata of '{path}' is no JSON list of names.")
                 yield _layout(
                     path,
                     list(tensors.keys()),
                     lambda name: tensors.get_tensor(name).float().numpy(),
-                    None if ids is None else json.loads(ids),
+                    ids,
                 )
         else:
             with h5py.File(path) as file:
