@@ -12,7 +12,7 @@ from typing import Any
 
 from scmodelforge.config import Config, Section
 from scmodelforge.config_presets import PRESETS
-from scmodelforge.config_reading import show
+from scmodelforge.config_reading import plain_value
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _not_as_preset(config: Config) -> list[str]:
             if isinstance(value, dict):
                 yield from walk(ours, value, f"{name}{key}.")
             elif ours != value:
-                yield f"{name}{key} is {show(ours)} instead of {show(value)}"
+                yield f"{name}{key} is {plain_value(ours)} instead of {plain_value(value)}"
 
     return list(walk(config, PRESETS[config.model.preset].settings, "")) if config.model.preset else []
 

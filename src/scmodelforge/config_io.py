@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from scmodelforge import registry
 from scmodelforge.config import Config, Section
-from scmodelforge.config_reading import Reading, show
+from scmodelforge.config_reading import Reading, plain_value, show
 from scmodelforge.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def differences(asked: Section, have: Section, prefix: str = "") -> list[str]:
         if isinstance(mine, Section) and type(mine) is type(theirs):
             lines += differences(mine, theirs, name)
         elif wanted[key] != present[key]:
-            a, b = (v if isinstance(v, str) else show(v) for v in (wanted[key], present[key]))
+            a, b = plain_value(wanted[key]), plain_value(present[key])
             lines.append(f"{name}: {a} in the config, {b} in the model")
     return lines
 

@@ -398,6 +398,11 @@ def dotted(loc: Loc) -> str:
     return ".".join(map(str, loc))
 
 
+def plain_value(value: Any) -> str:
+    """Return a value as YAML has it: text without quotes, null, true."""
+    return value if isinstance(value, str) else show(value)
+
+
 def show(value: Any) -> str:
     """Return a value as a user would write it, shortened."""
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

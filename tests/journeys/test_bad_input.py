@@ -369,7 +369,7 @@ def test_where_to_write_must_be_said_once(trained: Path, cells: Path, tmp_path: 
     refused(*embed, "--in-place", "--output", tmp_path / "e.h5ad", words=words)
     output = ("--output", tmp_path / "e.h5ad")
     refused(*embed, *output, "--key", "a/b", words=("The key 'a/b' holds a '/'",))
-    refused(*embed, *output, "--pooling", "max", words=("--pooling is 'max'", "mean or cls"))
+    refused(*embed, *output, "--pooling", "max", words=("--pooling is 'max'", "mean, cls or window"))
     assert files_below(tmp_path) == []
 
 

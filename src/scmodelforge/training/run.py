@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
-from scmodelforge.config_reading import show
+from scmodelforge.config_reading import plain_value
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ConfigError, ModelError
@@ -337,7 +337,7 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     had = _flat(had_config.model_dump(mode="json"))
     sections = ("data.", "tokenizer.", "model.", *(("finetune.",) if fine_tuned else ()))
     problems = [
-        f"{key}: {show(asked[key])} in the config, {show(had.get(key))} in the run"
+        f"{key}: {plain_value(asked[key])} in the config, {plain_value(had.get(key))} in the run"
         for key in asked
         if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
         and asked[key] != had.get(key)
