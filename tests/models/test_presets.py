@@ -72,5 +72,5 @@ def test_keys_beside_a_preset_win() -> None:
 
 
 def test_an_unknown_preset_is_an_error_with_a_hint() -> None:
-    with pytest.raises(ValidationError, match="did you mean 'geneformer-v2-104m'"):
+    with pytest.raises(ValidationError, match="did you mean geneformer-v2-104m"):
         Config.model_validate({"model": {"preset": "geneformer-v2-104M"}})
