@@ -226,7 +226,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "published")
     with h5py.File(folder / "vocabs" / "human_gene.h5", "w") as handle:
         handle.create_dataset("keys", data=np.array(["ENSG1", "ENSG2"], dtype="S"))
-    with pytest.raises(ModelError, match=r"36 rows.* 9 tokens"):
+    with pytest.raises(ModelError, match=r"36 gene vectors.* 9 tokens"):
         read_published(folder)
     (folder / "vocabs" / "human_gene.h5").unlink()
     with pytest.raises(ModelError, match=r"human_gene.h5' does not exist"):
