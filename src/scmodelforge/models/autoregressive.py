@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
@@ -58,10 +57,6 @@ class AutoregressiveTransformer(CellTransformer):
         elif dual:
             self.expression_head = ExpressionHead(config, vocab, with_gene=True)
         self.apply(initialize)
-
-    @property
-    def pretraining_heads(self) -> list[nn.Module]:
-        return [head for head in (self.head, self.expression_head) if head is not None]
 
     def inputs(
         self, tokens: TokenBatch, embed: bool = False

@@ -40,8 +40,9 @@ class CellTransformer(nn.Module):
 
     @property
     def pretraining_heads(self) -> list[nn.Module]:
-        """Modules that `encode` does not use."""
-        raise NotImplementedError
+        """Modules that `encode` does not use: all that an architecture adds to embedding and transformer."""
+        encoder = ("embedding", "obs_embedding", "transformer")
+        return [module for name, module in self.named_children() if name not in encoder]
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As torch, but given gene vectors stay frozen unless `model.train_gene_embeddings`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
@@ -40,10 +39,6 @@ class TransformerEncoder(CellTransformer):
         )
         self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
-
-    @property
-    def pretraining_heads(self) -> list[nn.Module]:
-        return [head for head in (self.head, self.expression_head, self.auxiliary) if head is not None]
 
     def logits(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Gene logits (m, n_tokens) at flat positions (m) of hidden states (n_cells, length, width)."""

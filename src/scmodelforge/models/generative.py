@@ -38,10 +38,6 @@ class GenerativeTransformer(TransformerEncoder):
         self.flags = nn.Embedding(2, config.model.hidden_dim)
         initialize(self.flags)
 
-    @property
-    def pretraining_heads(self) -> list[nn.Module]:
-        return [*super().pretraining_heads, self.flags]
-
     def generated_states(
         self, tokens: TokenBatch, queries: torch.Tensor, cells: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

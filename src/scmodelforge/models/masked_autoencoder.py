@@ -59,11 +59,6 @@ class MaskedAutoencoder(CellTransformer):
         self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
 
-    @property
-    def pretraining_heads(self) -> list[nn.Module]:
-        heads = (self.to_decoder, self.decoder, self.head, self.auxiliary)
-        return [head for head in heads if head is not None]
-
     def decode(self, hidden: torch.Tensor, tokens: TokenBatch, queries: torch.Tensor) -> torch.Tensor:
         """States of the asked genes.
 
