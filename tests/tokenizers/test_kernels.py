@@ -10,17 +10,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from scmodelforge.config import Config
-from scmodelforge.data.random import below, philox, philox_words
+from scmodelforge.data.random import below, philox, philox_fill
 from scmodelforge.tokenizers.binned_expression import BinnedExpressionTokenizer, bin_range, quantile_edges
 from scmodelforge.tokenizers.gene_sequence import TIES, draw, expression
 from tests.helpers import make_cells, make_vocab
 
 
-@given(st.integers(0, 2**63), st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4))
+@given(
+    st.integers(0, 2**63),
+    st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3),
+    hnp.arrays(np.uint32, st.integers(0, 20)),
+    st.sampled_from([1, 4]),
+)
 @settings(max_examples=100, deadline=None)
-def test_compiled_philox_is_philox(key: int, counter: list[int]) -> None:
-    expected = [int(word) for word in philox(key, *counter)]
-    assert [int(word) for word in philox_words(np.uint64(key), *map(np.uint32, counter))] == expected
+def test_compiled_philox_is_philox(key: int, words: list[int], c2: np.ndarray, n_words: int) -> None:
+    c0, c1, c3 = words
+    filled = np.empty((n_words, len(c2)), np.uint32)
+    philox_fill(np.uint64(key), np.uint64(c0), np.uint64(c1), c2, np.uint64(c3), filled)
+    np.testing.assert_array_equal(filled, philox(key, c0, c1, c2, c3)[:n_words])
 
 
 @st.composite

@@ -62,7 +62,7 @@ class BinnedExpressionTokenizer:
             self.preprocessing.log1p,
             np.linspace(0, 1, self.config.n_bins - 1),
             np.uint64(seed ^ TIES),
-            np.uint32(epoch),
+            np.uint64(epoch),
             cells.cell_index,
             edges,
             bins,

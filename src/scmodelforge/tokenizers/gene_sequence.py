@@ -17,6 +17,7 @@ from scmodelforge.data.preprocess import normalized
 from scmodelforge.data.random import LOW, WORD, philox
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.kernels import COLUMN, RANDOM, VALUE, choose_genes
 
 # The purpose of a draw is in the high half of the key, so that no two of them share their bits.
 ORDER, SAMPLE, TIES = (int.from_bytes(name, "big") << 32 for name in (b"orde", b"samp", b"ties"))
@@ -62,6 +63,8 @@ def gene_tokens(
         Genes without a count follow all others, and fill what room these leave; else all genes of a cell are one
         list.
     """
+    if not config.include_zero_genes:
+        return _tokens_of_expressed(cells, expressed, carried, config, vocab, seed, epoch)
     row, gene = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell), cells.gene_ids
     if config.include_zero_genes:
         place = row * vocab.n_genes + gene
@@ -94,6 +97,50 @@ def gene_tokens(
     left_out = expressed > 0
     left_out[kept] = False
     return replace(tokens, left_out=_padded(row[left_out], gene[left_out], cells.n_cells, vocab))
+
+
+def _tokens_of_expressed(
+    cells: CellBatch,
+    expressed: np.ndarray,
+    carried: np.ndarray,
+    config: TokenizerConfig,
+    vocab: GeneVocab,
+    seed: int,
+    epoch: int,
+) -> TokenBatch:
+    """As `gene_tokens`, of genes with a count alone."""
+    room, longest = room_for_genes(cells, config), int(cells.n_genes_per_cell.max(initial=0))
+    input_ids = np.empty((cells.n_cells, max(room + n_special(config), 1)), dtype=np.int64)
+    values = np.empty(input_ids.shape, dtype=np.float32)
+    lengths = np.empty(cells.n_cells, dtype=np.int64)
+    left_out = np.empty((cells.n_cells, longest - room), dtype=np.int64)
+    choose_genes(
+        cells.indptr,
+        cells.gene_ids,
+        expressed,
+        carried,
+        cells.cell_index,
+        {"column": COLUMN, "random": RANDOM, "value": VALUE}[config.gene_order],
+        config.overlong == "sample",
+        np.uint64(seed ^ SAMPLE),
+        np.uint64(seed ^ ORDER),
+        np.uint64(epoch),
+        vocab.first_gene_token,
+        vocab.pad_id,
+        int(config.prepend_cls),
+        room,
+        input_ids,
+        values,
+        lengths,
+        left_out,
+    )
+    tokens = with_special_tokens(cells, config, vocab, input_ids, values, lengths + n_special(config))
+    return replace(tokens, left_out=torch.from_numpy(left_out)) if longest > room else tokens
+
+
+def room_for_genes(cells: CellBatch, config: TokenizerConfig) -> int:
+    """Genes that the sequences of these cells need room for: those of the longest, if they fit."""
+    return min(int(cells.n_genes_per_cell.max(initial=0)), config.max_genes - n_special(config))
 
 
 def _padded(row: np.ndarray, gene: np.ndarray, n_cells: int, vocab: GeneVocab) -> torch.Tensor:
@@ -160,7 +207,9 @@ def with_special_tokens(
     carried: np.ndarray,
     lengths: np.ndarray,
 ) -> TokenBatch:
-    """Put `<cls>` and `<eos>` into their places in sequences (n_cells, length) of `lengths`, which count them."""
+    """Put `<cls>` and `<eos>` into their places in sequences (n_cells, length or more) of `lengths`, which count them."""
+    if (length := max(int(lengths.max(initial=0)), 1)) < input_ids.shape[1]:
+        input_ids, carried = input_ids[:, :length].copy(), carried[:, :length].copy()
     if config.prepend_cls and vocab.cls_id is not None:
         input_ids[:, 0] = vocab.cls_id
         carried[:, 0] = config.cls_value

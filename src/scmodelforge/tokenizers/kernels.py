@@ -1,6 +1,7 @@
 """Compiled kernels of the tokenizers: they release the GIL, so threads run beside each other.
 
-Compiled once and cached on disk by numba; each has a slow twin in the tests.
+Compiled once and cached on disk by numba; each has a slow twin in the tests. Sorting is by radix: 32-bit keys with the
+place of their entry in the lower half of a 64-bit word, two or three passes of 11 bits.
 """
 
 from __future__ import annotations
@@ -8,11 +9,86 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from scmodelforge.data.random import LOW, WORD, philox_words
+from scmodelforge.data.random import LOW, WORD, philox_fill
 
-DIGIT = 11  # bits that one pass of the radix sort looks at; three passes for 32 bits
+DIGIT = 11  # bits that one pass of the radix sort looks at
+BUCKETS = 1 << DIGIT
+DIGIT_MASK = np.uint64(BUCKETS - 1)
+KEY_BITS = 32
+COARSE_BITS = 2 * DIGIT  # of the keys by which values are sorted before equal ones are told apart
+SHORT_RUN = 32  # longer runs of equal keys are not sorted by insertion
 MANY_COUNTS = 4096  # whole counts below are sorted by counting them
 SMALL_COUNTS = 256  # logarithms of counts below are computed once a cell
+
+COLUMN, RANDOM, VALUE = range(3)  # `tokenizer.gene_order`
+
+
+@numba.njit(nogil=True, cache=True)
+def _radix_sort(
+    words: np.ndarray, spare: np.ndarray, n: int, bits: int, buckets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sort uint64 words by bits 32 to 32 + `bits`; stable. Returns the sorted array and the other one."""
+    for shift in range(KEY_BITS, KEY_BITS + bits, DIGIT):
+        place = np.uint64(shift)
+        buckets[:] = 0
+        for i in range(n):
+            buckets[(words[i] >> place) & DIGIT_MASK] += 1
+        total = 0
+        for b in range(BUCKETS):
+            total, buckets[b] = total + buckets[b], total
+        for i in range(n):
+            b = (words[i] >> place) & DIGIT_MASK
+            spare[buckets[b]] = words[i]
+            buckets[b] += 1
+        words, spare = spare, words
+    return words, spare
+
+
+@numba.njit(nogil=True, cache=True)
+def _descending(
+    values: np.ndarray,
+    n: int,
+    rounded: np.ndarray,
+    words: np.ndarray,
+    spare: np.ndarray,
+    buckets: np.ndarray,
+    order: np.ndarray,
+) -> None:
+    """Fill `order` with the places of float64 `values` (positive), the largest first, equal ones as they come.
+
+    The bits of positive floats ascend with their value. The 22 that tell most are sorted by radix, which leaves runs
+    of nearly equal values; they are sorted by themselves, in float64.
+    """
+    bits = rounded.view(np.uint32)
+    least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for i in range(n):
+        rounded[i] = values[i]
+        least, most = min(least, bits[i]), max(most, bits[i])
+    drop = np.uint32(0)
+    while n and (most - least) >> drop >= np.uint32(1 << COARSE_BITS):
+        drop += np.uint32(1)
+    for i in range(n):
+        words[i] = (np.uint64((most - bits[i]) >> drop) << WORD) | np.uint64(i)
+    words, spare = _radix_sort(words, spare, n, COARSE_BITS, buckets)
+    for i in range(n):
+        order[i] = np.int64(words[i] & LOW)
+    begin = 0
+    while begin < n:
+        end, sorted_already = begin + 1, True
+        while end < n and words[end] >> WORD == words[begin] >> WORD:
+            sorted_already = sorted_already and values[order[end]] <= values[order[end - 1]]
+            end += 1
+        if not sorted_already and end - begin <= SHORT_RUN:
+            for i in range(begin + 1, end):
+                moving, j = order[i], i
+                while j > begin and values[order[j - 1]] < values[moving]:
+                    order[j] = order[j - 1]
+                    j -= 1
+                order[j] = moving
+        elif not sorted_already:
+            run = order[begin:end].copy()
+            order[begin:end] = run[np.argsort(-values[run], kind="mergesort")]
+        begin = end
 
 
 @numba.njit(nogil=True, cache=True)
@@ -25,13 +101,14 @@ def rank_genes(
     inverse_median: np.ndarray,
     log1p: bool,
     first_token: int,
+    pad_id: int,
+    start: int,
+    room: int,
     out_tokens: np.ndarray,
     out_values: np.ndarray,
     out_lengths: np.ndarray,
 ) -> None:
     """Genes of each cell by descending counts · reciprocal · target_sum · inverse_median, ties in their order.
-
-    Radix sort of the values in float32, which keeps their order, then of those that are equal there in float64.
 
     Parameters
     ----------
@@ -45,21 +122,25 @@ def rank_genes(
         float64 (n_genes): genes where it is not finite are left out.
     log1p
         Carry log(1 + normalized counts) instead of normalized counts.
-    first_token
-        Token of gene 0.
+    first_token, pad_id
+        Token of gene 0, and of padding.
+    start, room
+        Column of the first gene, and how many genes fit.
     out_tokens, out_values
-        int64 and float32 (n_cells, room): filled from the left up to `out_lengths` int64 (n_cells).
+        int64 and float32 (n_cells, length), filled, with pads beside the genes.
+    out_lengths
+        int64 (n_cells): number of genes, filled.
     """
-    room = out_tokens.shape[1]
     longest = 0
     for cell in range(len(indptr) - 1):
         longest = max(longest, indptr[cell + 1] - indptr[cell])
-    entry, order = np.empty(longest, np.int64), np.empty(longest, np.int32)
-    sorted_order = np.empty(longest, np.int32)
+    entry, order = np.empty(longest, np.int64), np.empty(longest, np.int64)
     scaled, rounded = np.empty(longest, np.float64), np.empty(longest, np.float32)
-    bits = rounded.view(np.uint32)
-    keys, sorted_keys = np.empty(longest, np.uint32), np.empty(longest, np.uint32)
-    buckets = np.empty(1 << DIGIT, np.int64)
+    words, spare, buckets = (
+        np.empty(longest, np.uint64),
+        np.empty(longest, np.uint64),
+        np.empty(BUCKETS, np.int64),
+    )
     logarithms = np.empty(SMALL_COUNTS, np.float32)
     for cell in range(len(indptr) - 1):
         n = 0
@@ -69,32 +150,11 @@ def rank_genes(
                 entry[n] = j
                 scaled[n] = np.float64(counts[j]) * reciprocal[cell] * target_sum * weight
                 n += 1
-        for i in range(n):
-            rounded[i] = scaled[i]
-            keys[i] = ~bits[i]  # positive floats order as their bits; the largest come first
-            order[i] = i
-        for shift in (0, DIGIT, 2 * DIGIT):
-            buckets[:] = 0
-            for i in range(n):
-                buckets[(keys[i] >> shift) & ((1 << DIGIT) - 1)] += 1
-            place = 0
-            for b in range(1 << DIGIT):
-                place, buckets[b] = place + buckets[b], place
-            for i in range(n):
-                b = (keys[i] >> shift) & ((1 << DIGIT) - 1)
-                sorted_keys[buckets[b]] = keys[i]
-                sorted_order[buckets[b]] = order[i]
-                buckets[b] += 1
-            keys, sorted_keys = sorted_keys, keys
-            order, sorted_order = sorted_order, order
-        for i in range(1, n):  # insertion sort within runs of equal float32
-            moving, j = order[i], i
-            while j > 0 and keys[j - 1] == keys[i] and scaled[order[j - 1]] < scaled[moving]:
-                order[j] = order[j - 1]
-                j -= 1
-            order[j] = moving
+        _descending(scaled, n, rounded, words, spare, buckets, order)
         logarithms[:] = -1
         kept = min(n, room)
+        out_tokens[cell, :start] = pad_id
+        out_values[cell, :start] = 0
         for i in range(kept):
             j = entry[order[i]]
             normalized = np.float64(counts[j]) * reciprocal[cell] * target_sum
@@ -107,9 +167,117 @@ def rank_genes(
                 if logarithms[small] < 0:
                     logarithms[small] = np.log1p(normalized)
                 value = logarithms[small]
-            out_tokens[cell, i] = genes[j] + first_token
-            out_values[cell, i] = value
+            out_tokens[cell, start + i] = genes[j] + first_token
+            out_values[cell, start + i] = value
+        out_tokens[cell, start + kept :] = pad_id
+        out_values[cell, start + kept :] = 0
         out_lengths[cell] = kept
+
+
+@numba.njit(nogil=True, cache=True)
+def choose_genes(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    expressed: np.ndarray,
+    carried: np.ndarray,
+    cell_index: np.ndarray,
+    gene_order: int,
+    sample: bool,
+    sample_key: np.uint64,
+    order_key: np.uint64,
+    epoch: np.uint64,
+    first_token: int,
+    pad_id: int,
+    start: int,
+    room: int,
+    out_tokens: np.ndarray,
+    out_values: np.ndarray,
+    out_lengths: np.ndarray,
+    left_out: np.ndarray,
+) -> None:
+    """Which genes of each cell stay, in which order, with their values.
+
+    Parameters
+    ----------
+    indptr, genes, cell_index
+        Cells as in `CellBatch`.
+    expressed, carried
+        float (nnz): what `gene_order` VALUE sorts by, and what the model reads beside each gene.
+    gene_order
+        COLUMN, RANDOM or VALUE.
+    sample
+        Of a cell with more genes than fit, a random sample stays instead of the first ones in their order.
+    sample_key, order_key, epoch
+        Of the draws, one for each (cell, gene).
+    first_token, pad_id, start, room, out_tokens, out_values, out_lengths
+        As in `rank_genes`.
+    left_out
+        int64 (n_cells, n), filled: tokens of the genes that do not fit, ascending, with pads on the right.
+    """
+    longest = 0
+    for cell in range(len(indptr) - 1):
+        longest = max(longest, indptr[cell + 1] - indptr[cell])
+    order, places = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    stays = np.empty(longest, np.bool_)
+    values, rounded = np.empty(longest, np.float64), np.empty(longest, np.float32)
+    words, spare, buckets = (
+        np.empty(longest, np.uint64),
+        np.empty(longest, np.uint64),
+        np.empty(BUCKETS, np.int64),
+    )
+    bits = np.empty((1, longest), np.uint32)
+    for cell in range(len(indptr) - 1):
+        begin, n = indptr[cell], indptr[cell + 1] - indptr[cell]
+        low, high = np.uint64(cell_index[cell]) & LOW, np.uint64(cell_index[cell]) >> WORD
+        drawn = gene_order == RANDOM or (sample and n > room)
+        if drawn:
+            # The first of a random order are a sample already.
+            key = order_key if gene_order == RANDOM else sample_key
+            philox_fill(key, low, high, genes[begin : begin + n], epoch, bits)
+            for i in range(n):
+                words[i] = (np.uint64(bits[0, i]) << WORD) | np.uint64(i)
+            words, spare = _radix_sort(words, spare, n, KEY_BITS, buckets)
+            for i in range(n):
+                order[i] = np.int64(words[i] & LOW)
+        else:
+            for i in range(n):
+                order[i] = i
+        if gene_order != RANDOM:
+            stays[:n] = not drawn
+            for i in range(min(n, room)):
+                stays[order[i]] = True
+            n_stay = 0
+            for i in range(n):
+                if stays[i]:
+                    order[n_stay] = i
+                    n_stay += 1
+            if gene_order == VALUE:
+                for i in range(n_stay):
+                    values[i] = expressed[begin + order[i]]
+                _descending(values, n_stay, rounded, words, spare, buckets, places)
+                for i in range(n_stay):
+                    places[i] = order[places[i]]
+                order[:n_stay] = places[:n_stay]
+        kept = min(n, room)
+        out_tokens[cell, :start] = pad_id
+        out_values[cell, :start] = 0
+        for i in range(kept):
+            j = begin + order[i]
+            out_tokens[cell, start + i] = genes[j] + first_token
+            out_values[cell, start + i] = carried[j]
+        out_tokens[cell, start + kept :] = pad_id
+        out_values[cell, start + kept :] = 0
+        out_lengths[cell] = kept
+        n_left = 0
+        if n > room:
+            stays[:n] = False
+            for i in range(kept):
+                stays[order[i]] = True
+            for i in range(n):
+                if not stays[i]:
+                    left_out[cell, n_left] = genes[begin + i] + first_token
+                    n_left += 1
+        left_out[cell, n_left:] = pad_id
 
 
 @numba.njit(nogil=True, cache=True)
@@ -122,7 +290,7 @@ def bin_counts(
     log1p: bool,
     steps: np.ndarray,
     key: np.uint64,
-    epoch: np.uint32,
+    epoch: np.uint64,
     cell_index: np.ndarray,
     out_edges: np.ndarray,
     out_bins: np.ndarray,
@@ -155,6 +323,7 @@ def bin_counts(
     distinct, value, up_to_here = np.empty(size, np.float32), np.empty(size), np.empty(size, np.int64)
     above, up_to = np.empty(size, np.int64), np.empty(size, np.int64)
     tally, place_of = np.zeros(MANY_COUNTS, np.int64), np.empty(MANY_COUNTS, np.int64)
+    bits = np.empty((1, longest), np.uint32)
     for cell in range(len(indptr) - 1):
         begin, end = indptr[cell], indptr[cell + 1]
         n = end - begin
@@ -164,8 +333,7 @@ def bin_counts(
         whole, largest = True, np.float32(0)
         for j in range(begin, end):
             largest = max(largest, counts[j])
-            if counts[j] != np.int64(counts[j]) or counts[j] >= MANY_COUNTS:
-                whole = False
+            whole = whole and counts[j] < MANY_COUNTS and counts[j] == np.int64(counts[j])
 
         m = 0  # distinct counts, ascending, with the number of genes up to each
         if whole:
@@ -211,14 +379,11 @@ def bin_counts(
                 not_above += 1
             above[d], up_to[d] = below, not_above
 
-        low_word, high_word = (
-            np.uint32(cell_index[cell] & LOW),
-            np.uint32(np.uint64(cell_index[cell]) >> WORD),
-        )
-        for j in range(begin, end):
-            d = place_of[np.int64(counts[j])] if whole else np.searchsorted(distinct[:m], counts[j])
-            drawn = np.uint64(0)
-            if up_to[d] - above[d] > 1:
-                bits = philox_words(key, low_word, high_word, np.uint32(genes[j]), epoch)[0]
-                drawn = (np.uint64(bits) * np.uint64(up_to[d] - above[d])) >> WORD
-            out_bins[j] = up_to[d] - np.int64(drawn)
+        cell_low, cell_high = np.uint64(cell_index[cell]) & LOW, np.uint64(cell_index[cell]) >> WORD
+        philox_fill(key, cell_low, cell_high, genes[begin:end], epoch, bits)
+        for i in range(n):
+            count = counts[begin + i]
+            d = place_of[np.int64(count)] if whole else np.searchsorted(distinct[:m], count)
+            spanned = max(up_to[d] - above[d], 1)
+            drawn = (np.uint64(bits[0, i]) * np.uint64(spanned)) >> WORD
+            out_bins[begin + i] = up_to[d] - np.int64(drawn)

@@ -17,7 +17,7 @@ from scmodelforge.data.module import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.explain import explain_tokens, of_first_cell
-from scmodelforge.tokenizers.gene_sequence import n_special, with_special_tokens
+from scmodelforge.tokenizers.gene_sequence import n_special, room_for_genes, with_special_tokens
 from scmodelforge.tokenizers.kernels import rank_genes
 
 
@@ -46,10 +46,10 @@ class RankValueTokenizer:
     def __call__(self, cells: CellBatch, seed: int = 0, epoch: int = VALIDATION_EPOCH) -> TokenBatch:
         """Tokenize cells; see `TokenBatch` for shapes. Cells without a usable gene keep their special tokens."""
         vocab, config = self.vocab, self.config
-        special, start = n_special(config), int(config.prepend_cls)
-        room = min(int(cells.n_genes_per_cell.max(initial=0)), config.max_genes - special)
-        input_ids = np.full((cells.n_cells, room + special), vocab.pad_id, dtype=np.int64)
-        values = np.zeros(input_ids.shape, dtype=np.float32)
+        room = room_for_genes(cells, config)
+        # a batch of empty cells still has a position
+        input_ids = np.empty((cells.n_cells, max(room + n_special(config), 1)), dtype=np.int64)
+        values = np.empty(input_ids.shape, dtype=np.float32)
         lengths = np.empty(cells.n_cells, dtype=np.int64)
         rank_genes(
             cells.indptr,
@@ -59,16 +59,14 @@ class RankValueTokenizer:
             self.inverse_median,
             self.log1p,
             vocab.first_gene_token,
-            input_ids[:, start : start + room],
-            values[:, start : start + room],
+            vocab.pad_id,
+            int(config.prepend_cls),
+            room,
+            input_ids,
+            values,
             lengths,
         )
-        lengths += special
-        length = max(int(lengths.max(initial=0)), 1)  # a batch of empty cells still has a position
-        if length > input_ids.shape[1]:
-            input_ids = np.full((cells.n_cells, length), vocab.pad_id, dtype=np.int64)
-            values = np.zeros(input_ids.shape, dtype=np.float32)
-        return with_special_tokens(cells, config, vocab, input_ids[:, :length], values[:, :length], lengths)
+        return with_special_tokens(cells, config, vocab, input_ids, values, lengths + n_special(config))
 
     def explain(self, cells: CellBatch) -> pd.DataFrame:
         """What the first cell of `cells` becomes, one row a token.
