@@ -11,8 +11,9 @@ from hypothesis.extra import numpy as hnp
 
 from scmodelforge.config import Config
 from scmodelforge.data.random import below, philox, philox_fill
+from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.binned_expression import BinnedExpressionTokenizer, bin_range, quantile_edges
-from scmodelforge.tokenizers.gene_sequence import TIES, draw, expression
+from scmodelforge.tokenizers.gene_sequence import ORDER, SAMPLE, TIES, draw, expression
 from tests.helpers import make_cells, make_vocab
 
 
@@ -94,3 +95,44 @@ def test_values_that_float32_cannot_tell_apart_are_ranked_in_float64() -> None:
     config = Config.model_validate({"tokenizer": {"max_genes": 64}})
     tokens = RankValueTokenizer(config, make_vocab(n, medians))(make_cells(np.ones((1, n)))).input_ids
     np.testing.assert_array_equal(tokens[0, 1:], np.argsort(medians, kind="stable") + 4)
+
+
+@given(counts(), st.sampled_from(["column", "random", "value"]), st.sampled_from(["sample", "first"]))
+@settings(max_examples=150, deadline=None)
+def test_genes_are_chosen_by_their_draws(counts: np.ndarray, order: str, overlong: str) -> None:
+    config = Config.model_validate(
+        {
+            "tokenizer": {
+                "strategy": "continuous_projection",
+                "gene_order": order,
+                "overlong": overlong,
+                "max_genes": 13,
+            },
+            "model": {"pretraining_task": "expression_reconstruction"},
+        }
+    )
+    vocab, cells = make_vocab(counts.shape[1]), make_cells(counts, first_row=2**32 - 1)
+    batch = build_tokenizer(config, vocab)(cells, 3, 1)
+    for i in range(cells.n_cells):
+        genes = cells.gene_ids[cells.indptr[i] : cells.indptr[i + 1]]
+        cell = np.full(len(genes), cells.cell_index[i])
+        chosen = np.arange(len(genes))
+        if order == "random":
+            chosen = np.lexsort((chosen, draw(ORDER, 3, 1, cell, genes)))[:12]
+        elif overlong == "sample":
+            chosen = np.sort(np.lexsort((chosen, draw(SAMPLE, 3, 1, cell, genes)))[:12])
+        if order == "value":
+            chosen = chosen[
+                np.argsort(
+                    -expression(cells, config.data.preprocessing)[cells.indptr[i] :][chosen], kind="stable"
+                )
+            ]
+        chosen = chosen[:12]
+        assert batch.lengths[i] == 1 + len(chosen)
+        np.testing.assert_array_equal(batch.input_ids[i, 1 : 1 + len(chosen)], genes[chosen] + 4)
+        assert (batch.input_ids[i, 1 + len(chosen) :] == vocab.pad_id).all()
+        left = np.setdiff1d(genes, genes[chosen]) + 4
+        if batch.left_out is not None:
+            np.testing.assert_array_equal(batch.left_out[i][batch.left_out[i] != vocab.pad_id], left)
+        else:
+            assert not len(left)

@@ -207,7 +207,7 @@ def with_special_tokens(
     carried: np.ndarray,
     lengths: np.ndarray,
 ) -> TokenBatch:
-    """Put `<cls>` and `<eos>` into their places in sequences (n_cells, length or more) of `lengths`, which count them."""
+    """Put `<cls>` and `<eos>` into sequences (n_cells, at least the longest) of `lengths`, which count them."""
     if (length := max(int(lengths.max(initial=0)), 1)) < input_ids.shape[1]:
         input_ids, carried = input_ids[:, :length].copy(), carried[:, :length].copy()
     if config.prepend_cls and vocab.cls_id is not None:

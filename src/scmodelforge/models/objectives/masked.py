@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.data.module import VALIDATION_EPOCH
-from scmodelforge.data.random import below, philox, uniform
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.embeddings import MASKED_VALUE
 from scmodelforge.models.objectives.batch import LossTerm, ModelOutput, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms, predicted_values
+from scmodelforge.models.objectives.kernels import mask_tokens
 from scmodelforge.models.objectives.metrics import (
     BIN_SUMS,
     GENE_SUMS,
@@ -72,35 +72,31 @@ class MaskedPrediction:
         """Hide tokens; a pure function of (seed, epoch, cell, position)."""
         masking, vocab = self.masking, self.vocab
         truth, values = tokens.input_ids.numpy(), tokens.values.numpy()
-        cell = tokens.cell_index.numpy()[:, None].astype(np.uint64)
-        choose, action, random_token, random_place = philox(
-            seed,
-            (cell & np.uint64(0xFFFFFFFF)).astype(np.uint32),
-            (cell >> np.uint64(32)).astype(np.uint32),
-            np.arange(truth.shape[1], dtype=np.uint32)[None, :],
-            np.uint32(epoch),
+        shown_genes = np.empty_like(truth) if self.asks_genes else truth
+        shown_values = np.empty_like(values) if self.hides_values else values
+        positions = np.empty(truth.size, dtype=np.int64)
+        n_asked = mask_tokens(
+            truth,
+            values,
+            tokens.lengths.numpy(),
+            tokens.cell_index.numpy(),
+            np.uint64(seed),
+            np.uint64(epoch),
+            0 if masking.reference else vocab.first_gene_token,
+            np.array([vocab.pad_id, vocab.mask_id]),
+            masking.mask_ratio,
+            1.0 if epoch == VALIDATION_EPOCH else masking.mask_token_share,
+            masking.random_share,
+            vocab.mask_id,
+            self.random_tokens,
+            np.float32(MASKED_VALUE),
+            self.asks_genes,
+            self.hides_values,
+            shown_genes,
+            shown_values,
+            positions,
         )
-        first = 0 if masking.reference else vocab.first_gene_token
-        allowed = truth >= first
-        if masking.reference:
-            allowed &= (truth != vocab.pad_id) & (truth != vocab.mask_id)
-        asked = allowed & (uniform(choose) < masking.mask_ratio)
-
-        drawn = uniform(action)
-        masked = asked & ((drawn < masking.mask_token_share) | (epoch == VALIDATION_EPOCH))
-        replaced = asked & ~masked & (drawn < masking.mask_token_share + masking.random_share)
-        shown_genes, shown_values = truth, values
-        if self.asks_genes:
-            shown_genes = np.where(masked, vocab.mask_id, truth)
-            inserted = self.random_tokens[below(random_token, len(self.random_tokens))]
-            shown_genes = np.where(replaced, inserted, shown_genes)
-        if self.hides_values:
-            shown_values = np.where(masked, np.float32(MASKED_VALUE), values)
-            place = below(random_place, np.maximum(tokens.lengths.numpy(), 1)[:, None])
-            visible = np.where(asked, np.float32(MASKED_VALUE), values)  # no hidden value enters anywhere
-            other = np.take_along_axis(visible, place, axis=1)
-            shown_values = np.where(replaced, other, shown_values)
-        positions = np.flatnonzero(asked)
+        positions = positions[:n_asked].copy()  # without the room for all
         return TrainingBatch(
             tokens=replace(
                 tokens,
