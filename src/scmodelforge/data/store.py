@@ -258,7 +258,8 @@ def to_vocabulary(held: Rows, places: np.ndarray, gene_index: np.ndarray) -> tup
     n_entries = int((held.indptr[places + 1] - held.indptr[places]).sum())
     indptr, library_size = np.empty(len(places) + 1, np.int64), np.empty(len(places))
     genes, counts = np.empty(n_entries, np.int32), np.empty(n_entries, np.float32)
-    if not cells_to_vocabulary(*held, places, gene_index, indptr, genes, counts, library_size):
+    unsigned = held.data.dtype.kind in "bu"
+    if not cells_to_vocabulary(*held, places, gene_index, unsigned, indptr, genes, counts, library_size):
         return None
     return Rows(indptr, genes[: indptr[-1]], counts[: indptr[-1]]), library_size
 
