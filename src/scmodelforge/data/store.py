@@ -146,12 +146,18 @@ class CellStore:
 
     def describe(self) -> list[str]:
         """Return a line for each file: its size, what it holds, and how much of it the vocabulary covers."""
-        return [
-            f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
-            f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts; {match.n_genes:,} of the "
-            f"{self.vocab.n_genes:,} genes of the vocabulary were measured"
-            for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True)
-        ]
+        lines = []
+        for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True):
+            line = (
+                f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
+                f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts"
+            )
+            if missing := self.vocab.n_genes - match.n_genes:
+                line += (
+                    f"; {missing:,} of the {self.vocab.n_genes:,} genes of the vocabulary were not measured"
+                )
+            lines.append(line)
+        return lines
 
     def close(self) -> None:
         """Close all files; the store cannot be read after that."""
