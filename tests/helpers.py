@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from scmodelforge.config import Config, DataConfig, Masking, Preprocessing, TokenizerConfig
-from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.batch import CellBatch, MeasuredGenes
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 from scmodelforge.models.objectives.masked import MaskedPrediction
 from scmodelforge.tokenizers.rank_value import RankValueTokenizer
@@ -31,8 +31,16 @@ def make_vocab(n_genes: int, medians: np.ndarray | None = None, layout: str = "g
     )
 
 
-def make_cells(counts: np.ndarray, unmatched: np.ndarray | None = None, first_row: int = 0) -> CellBatch:
-    """A batch from dense counts (n_cells, n_genes); `unmatched`: counts of genes outside the vocabulary."""
+def make_cells(
+    counts: np.ndarray,
+    unmatched: np.ndarray | None = None,
+    first_row: int = 0,
+    measured: np.ndarray | None = None,
+) -> CellBatch:
+    """A batch from dense counts (n_cells, n_genes); `unmatched`: counts of genes outside the vocabulary.
+
+    `measured`: bool of the same shape.
+    """
     matrix = sparse.csr_matrix(counts.astype(np.float32))
     total = counts.sum(axis=1) + (0 if unmatched is None else unmatched)
     return CellBatch(
@@ -41,6 +49,7 @@ def make_cells(counts: np.ndarray, unmatched: np.ndarray | None = None, first_ro
         counts=matrix.data,
         library_size=total.astype(np.float32),
         cell_index=np.arange(first_row, first_row + len(counts), dtype=np.int64),
+        measured=None if measured is None else MeasuredGenes(measured, np.arange(len(counts))),
     )
 
 

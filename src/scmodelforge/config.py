@@ -157,8 +157,9 @@ class TokenizerConfig(Section):
     )
     include_zero_genes: bool = Field(
         False,
-        description="Give the model the genes without a count too: continuous_projection after the others, in the room "
-        "that these leave; binned_expression among the others, drawn alike where a cell is too long.",
+        description="Give the model the genes that were measured and have no count, too: continuous_projection after "
+        "the others, in the room that these leave; binned_expression among the others, drawn alike where a cell is too "
+        "long.",
     )
     max_value: float | None = Field(
         None, gt=0, description="Clip the values of continuous_projection (TranscriptFormer: counts at 30)."

@@ -34,7 +34,8 @@ class ObjectiveConfig(Section):
         0.03,
         ge=0,
         lt=1,
-        description="masked_autoencoder: share of the genes without a count that are asked too (scFoundation).",
+        description="masked_autoencoder: share of the measured genes without a count that are asked, too "
+        "(scFoundation).",
     )
     generated_share: float = Field(
         0.5,

@@ -165,3 +165,6 @@ def test_tokens_per_cell_follow_the_tokenizer():
     bins = {"strategy": "binned_expression", "include_zero_genes": True}
     assert line(**bins) == "  tokens per cell, at most 2,048: 31, with the genes without a count"
     assert line(max_genes=20, **bins) == "  tokens per cell, at most 20: 20, with the genes without a count"
+    report = check_data(adata_of(COUNTS), make_vocab(100), NO_MINIMUM)
+    assert "  vocabulary genes measured: 40 of 100" in report.lines()
+    assert line(**bins) == "  tokens per cell, at most 2,048: 41, with the genes without a count"

@@ -12,10 +12,13 @@ from scipy import sparse
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data import shards
+from scmodelforge.data.check import check_data
 from scmodelforge.data.h5ad import open_matrix
 from scmodelforge.data.shards import shard_paths, verify_shards, write_shards
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
+from scmodelforge.genes.vocab import resolve_vocab
+from scmodelforge.models.extension import new_genes
 from tests.helpers import make_vocab, marker_cells
 from tests.journeys.command import done, refused
 
@@ -65,6 +68,38 @@ def test_any_reader_of_anndata_opens_them_and_ours_maps_them(files: list[Path], 
         small.obs[shards.LIBRARY_SIZE] == np.asarray(marker_cells(50, seed=1).X.sum(axis=1)).ravel()
     ).all()
     assert (small.X.sum(axis=1).ravel() < small.obs[shards.LIBRARY_SIZE].to_numpy()).any()
+
+
+def test_shards_say_which_genes_their_source_measured(tmp_path: Path) -> None:
+    """Not only the file but the vocabulary, the report, the check and the new genes that are made of it."""
+    vocab, panel = make_vocab(60), marker_cells(50)[:, 5:25].copy()
+    panel.write_h5ad(tmp_path / "panel.h5ad")
+    marker_cells(50).write_h5ad(tmp_path / "whole.h5ad")
+    files = [tmp_path / "panel.h5ad", tmp_path / "whole.h5ad"]
+    write_shards(files, vocab, CONFIG, tmp_path / "shards")
+    before = open_store(files, vocab, CONFIG).read(np.arange(100)).measured
+    path, _ = paths = shard_paths(tmp_path / "shards")
+    store = open_store(paths, vocab, CONFIG)
+    after = store.read(np.arange(100)).measured
+    np.testing.assert_array_equal(after.sets[after.of_cell], before.sets[before.of_cell])
+    assert after.sets.sum(axis=1).tolist() == [20, 40]
+
+    adata = ad.read_h5ad(path)
+    assert adata.var["scmodelforge_measured"].to_numpy().nonzero()[0].tolist() == list(range(5, 25))
+    report = store.gene_report()
+    assert (report.reason[report.file == str(path)] == "not measured").sum() == 40
+    assert "matched 20 of 20 genes" in store.describe()[0]
+    assert "40 genes have a column and were not measured" in store.describe()[0]
+    lines = "\n".join(check_data(path, vocab, CONFIG).lines())
+    assert "vocabulary genes measured: 20 of 60" in lines
+    assert resolve_vocab("from_data", [adata.var]).n_genes == 20
+    assert new_genes(make_vocab(24), [adata.var], None).gene_ids.tolist() == ["ENSG00000000024"]
+
+    write_shards([path], vocab, CONFIG, tmp_path / "again")  # shards of shards
+    assert open_store(shard_paths(tmp_path / "again"), vocab, CONFIG).measured_sets.sum() == 20
+    adata.var["scmodelforge_measured"] = "yes"
+    with pytest.raises(DataError, match="does not hold true and false alone"):
+        open_store([adata], vocab, CONFIG)
 
 
 def test_an_interrupted_conversion_goes_on(

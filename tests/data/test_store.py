@@ -75,6 +75,25 @@ def test_many_files_are_one_store(data):
     np.testing.assert_array_equal(batch.library_size, np.concatenate([size for _, size in whole])[rows])
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_cell_knows_which_genes_its_file_measured(data):
+    parts = data.draw(files(n_files=3))
+    file_of_row = np.repeat(np.arange(3), [len(counts) for counts, _ in parts])
+    rows = np.array(data.draw(st.lists(st.integers(0, len(file_of_row) - 1), max_size=12)), dtype=np.int64)
+    measured = np.array([np.isin(np.arange(N_GENES), genes) for _, genes in parts])
+    store = open_store([make_adata(*part) for part in parts], VOCAB, NO_MINIMUM)
+    batch = store.read(rows)
+    if measured.all():
+        assert batch.measured is None
+    else:
+        np.testing.assert_array_equal(
+            batch.measured.sets[batch.measured.of_cell], measured[file_of_row[rows]]
+        )
+        assert len(batch.measured.sets) == len(np.unique(measured, axis=0)), "files with the same genes share"
+        assert batch.measured.sets is store.read(rows).measured.sets, "no batch builds its own"
+
+
 def test_library_size_is_summed_in_float64():
     counts = np.zeros((1, 4))
     counts[0] = [2**24, 1, 1, 2]
@@ -170,7 +189,9 @@ def test_reports_name_file_and_genes(tmp_path):
     (line,) = store.describe()
     assert "3 cells × 4 genes" in line
     assert "raw counts" in line
-    assert "75.0% of the counts" in line
+    assert line.endswith("75.0% of the counts")
+    (line,) = open_store([source], make_vocab(5), NO_MINIMUM).describe()
+    assert line.endswith("; 3 of the 5 genes of the vocabulary were not measured")
 
 
 # --- what cannot be used ----------------------------------------------------------------------------

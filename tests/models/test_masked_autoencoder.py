@@ -147,6 +147,27 @@ def test_no_zeros_are_asked_with_ratio_0_nor_genes_that_were_never_seen() -> Non
     assert (zeros % 2 == 1).all()
 
 
+def test_zeros_are_asked_of_measured_genes_alone() -> None:
+    measured = np.random.default_rng(1).random((300, N_GENES)) < np.linspace(0.05, 0.95, 300)[:, None]
+    counts = some_counts(300) * measured
+    config = config_of({"max_genes": 60}, objective={"zero_mask_ratio": 0.2})
+    tokenizer, task = build_tokenizer(config, VOCAB), MaskedReconstruction(config, VOCAB)
+    batch = task.corrupt(tokenizer(make_cells(counts, measured=measured)), 3, 1)
+    cell, genes = batch.cell.numpy(), batch.genes.numpy() - FIRST
+    assert measured[cell, genes].all()
+    zeros = (batch.values == 0).numpy()
+    assert (counts[cell[zeros], genes[zeros]] == 0).all()
+    assert close(int(zeros.sum()), 0.2, int(((counts == 0) & measured).sum()))
+    assert batch.tokens.measured is None, "the model does not need it"
+
+    alone = task.corrupt(tokenizer(make_cells(counts[7:8], None, 7, measured[7:8])), 3, 1)
+    assert alone.genes.tolist() == batch.genes[batch.cell == 7].tolist()
+    whole = task.corrupt(tokenizer(make_cells(counts, measured=np.ones_like(measured))), 3, 1)
+    before = task.corrupt(tokenizer(make_cells(counts)), 3, 1)
+    assert torch.equal(whole.queries, before.queries)
+    assert torch.equal(whole.values, before.values)
+
+
 def test_empty_cells_have_a_finite_loss() -> None:
     config = config_of({"prepend_cls": False})
     model, task = build_model(config, VOCAB, seed=0), MaskedReconstruction(config, VOCAB)

@@ -54,6 +54,9 @@ some_cells = st.tuples(st.integers(1, 6), st.integers(1, 40)).flatmap(
 @st.composite
 def cells_and_options(draw):
     counts = draw(some_cells)
+    measured = draw(st.none() | hnp.arrays(bool, counts.shape))
+    if measured is not None:
+        counts = counts * measured
     options = {
         "strategy": draw(st.sampled_from(STRATEGIES)),
         "n_genes": counts.shape[1],
@@ -68,7 +71,7 @@ def cells_and_options(draw):
         "max_value": draw(st.sampled_from([None, 2.5])),
         "cls_value": draw(st.sampled_from([0.0, 1.0, -2.0])),
     }
-    return counts, options
+    return counts, measured, options
 
 
 def slow_values(counts: np.ndarray, raw: bool) -> np.ndarray:
@@ -91,15 +94,17 @@ def slow_bin_ranges(values: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.nda
 @given(cells_and_options())
 @settings(max_examples=200, deadline=None)
 def test_cells_are_those_of_the_slow_version(drawn) -> None:
-    counts, options = drawn
+    counts, measured, options = drawn
     tokenizer = tokenizer_of(**options)
     vocab, binned = tokenizer.vocab, options["strategy"] == "binned_expression"
     n_special = options["prepend_cls"] + options["append_eos"]
     room = options["max_genes"] - n_special
-    batch = tokenizer(make_cells(counts), seed=3, epoch=2)
+    batch = tokenizer(make_cells(counts, measured=measured), seed=3, epoch=2)
     for i, row in enumerate(counts):
         expected = slow_values(row, options["raw"])
-        n_genes = len(row) if options["include_zero_genes"] else int((row > 0).sum())
+        known = np.ones(len(row), bool) if measured is None else measured[i]
+        allowed = known if options["include_zero_genes"] else row > 0
+        n_genes = int(allowed.sum())
         length = int(batch.lengths[i])
         assert length == min(n_genes, room) + n_special
         assert (batch.input_ids[i, length:] == vocab.pad_id).all()
@@ -111,7 +116,7 @@ def test_cells_are_those_of_the_slow_version(drawn) -> None:
 
         genes, values = genes_of(tokenizer, batch, i), values_of(tokenizer, batch, i)
         assert len(set(genes.tolist())) == len(genes) == length - n_special
-        assert options["include_zero_genes"] or (row[genes] > 0).all()
+        assert allowed[genes].all()
         without_count = (row[genes] == 0) & (not binned)  # zeros follow, where values are numbers
         sort_key = {"column": genes, "value": -expected[genes], "random": np.zeros(len(genes))}
         places = list(zip(without_count, sort_key[options["gene_order"]], strict=True))
@@ -119,7 +124,6 @@ def test_cells_are_those_of_the_slow_version(drawn) -> None:
         if options["overlong"] == "first" and options["gene_order"] != "random":
             last = (row == 0) & (not binned)
             key = np.arange(len(row)) if options["gene_order"] == "column" else -expected
-            allowed = np.ones(len(row), bool) if options["include_zero_genes"] else row > 0
             in_order = [g for g in np.lexsort((key, last)) if allowed[g]]
             assert genes.tolist() == in_order[:room]
         if without_count.any():
@@ -140,14 +144,23 @@ def test_cells_are_those_of_the_slow_version(drawn) -> None:
 @given(cells_and_options(), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
 def test_a_cell_s_tokens_do_not_depend_on_its_company(drawn, random) -> None:
-    counts, options = drawn
-    tokenizer, cells = tokenizer_of(**options), make_cells(counts)
+    counts, measured, options = drawn
+    tokenizer, cells = tokenizer_of(**options), make_cells(counts, measured=measured)
     i = random.randrange(len(counts))
-    together, alone = tokenizer(cells, 1, 5), tokenizer(make_cells(counts[i : i + 1], first_row=i), 1, 5)
+    one = make_cells(counts[i : i + 1], None, i, None if measured is None else measured[i : i + 1])
+    together, alone = tokenizer(cells, 1, 5), tokenizer(one, 1, 5)
     length = int(alone.lengths[0])
     assert int(together.lengths[i]) == length
     assert torch.equal(together.input_ids[i, :length], alone.input_ids[0, :length])
     assert torch.equal(together.values[i, :length], alone.values[0, :length])
+
+
+@given(cells_and_options())
+@settings(max_examples=50, deadline=None)
+def test_where_all_genes_are_measured_nothing_changes(drawn) -> None:
+    counts, _, options = drawn
+    tokenizer, measured = tokenizer_of(**options), np.ones(counts.shape, bool)
+    assert same(tokenizer(make_cells(counts, measured=measured)), tokenizer(make_cells(counts)))
 
 
 @given(some_cells, st.booleans(), st.sampled_from([3, 5, 51]))

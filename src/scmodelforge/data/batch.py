@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class MeasuredGenes(NamedTuple):
+    """Which genes of the vocabulary the files of some cells measured; of the others nothing is known, not even a zero.
+
+    Attributes
+    ----------
+    sets
+        bool (n_sets, n_genes): distinct sets of measured genes, shared by all batches of a store.
+    of_cell
+        int64 (n_cells): the set of each cell.
+    """
+
+    sets: np.ndarray
+    of_cell: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,8 @@ class CellBatch:
     obs
         int64 (n_cells, n_columns): category of each cell in each column of `GeneVocab.obs_categories`, counted
         from 1; 0 is unknown. None if the vocabulary has no such column.
+    measured
+        The genes that were measured; None if all files of the store measured the whole vocabulary.
     """
 
     indptr: np.ndarray
@@ -36,6 +54,7 @@ class CellBatch:
     library_size: np.ndarray
     cell_index: np.ndarray
     obs: np.ndarray | None = None
+    measured: MeasuredGenes | None = None
 
     @property
     def n_cells(self) -> int:

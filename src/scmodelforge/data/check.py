@@ -51,8 +51,8 @@ class CheckReport:
         Columns whose gene another column has as well; their counts are summed.
     n_empty, n_without_genes
         Cells without any count, and cells without a count on a gene of the vocabulary.
-    n_vocabulary
-        Genes of the vocabulary.
+    n_vocabulary, n_measured
+        Genes of the vocabulary, and how many of them the file measured.
     genes_per_cell, library_size
         Quantiles over the cells: vocabulary genes with a count, and counts over all genes.
     columns
@@ -74,6 +74,7 @@ class CheckReport:
     n_empty: int
     n_without_genes: int
     n_vocabulary: int
+    n_measured: int
     genes_per_cell: dict[str, float]
     library_size: dict[str, float]
     columns: dict[str, dict[str, int]]
@@ -91,12 +92,13 @@ class CheckReport:
         out = [f"{self.name}: {self.n_cells:,} cells × {self.n_genes:,} genes ({self.storage})"]
         out += [f"  {place}: {state}" for place, state in self.states.items()]
         out += [f"  genes: {self.genes}", f"  counts on vocabulary genes: {self.share:.1%}"]
+        out += [f"  vocabulary genes measured: {self.n_measured:,} of {self.n_vocabulary:,}"]
         out += [f"  vocabulary genes per cell: {_quantile_text(self.genes_per_cell)}"]
         if tokenizer is not None:
             special = tokenizer.prepend_cls + tokenizer.append_eos
             longest = tokenizer.max_genes
             if tokenizer.include_zero_genes and tokenizer.strategy != "rank_value":
-                n = min(self.n_vocabulary + special, longest)
+                n = min(self.n_measured + special, longest)
                 out += [f"  tokens per cell, at most {longest:,}: {n:,}, with the genes without a count"]
             else:
                 tokens = {name: min(n + special, longest) for name, n in self.genes_per_cell.items()}
@@ -191,6 +193,7 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         n_empty=int((cells.library == 0).sum()),
         n_without_genes=int((cells.n_genes == 0).sum()),
         n_vocabulary=vocab.n_genes,
+        n_measured=match.n_genes,
         genes_per_cell=_quantiles(cells.n_genes),
         library_size=_quantiles(cells.library),
         columns=columns,
@@ -269,16 +272,14 @@ def _first(columns: Sequence[str], words: Sequence[str]) -> str | None:
 
 
 def _suggest(matrix: Matrix, layer: str | None, columns: dict[str, dict[str, int]]) -> Suggestions:
-    best = max(
-        (predefined(f"{species}_protein_coding") for species in ("human", "mouse")),
-        key=lambda vocab: match_genes(matrix.var, vocab).n_matched,
-    )
-    known = match_genes(matrix.var, best).n_matched
+    vocabs = [predefined(f"{species}_protein_coding") for species in ("human", "mouse")]
+    matches = [match_genes(matrix.var, vocab) for vocab in vocabs]
+    best, known = max(zip(vocabs, matches, strict=True), key=lambda pair: pair[1].n_matched)
     label = _first(list(columns), LABEL_WORDS)
     others = [column for column in columns if column != label]
     return Suggestions(
         layer=layer,
-        gene_vocab=best.name if known >= 0.1 * matrix.n_genes else "from_data",
+        gene_vocab=best.name if known.n_matched >= 0.1 * known.n_columns else "from_data",
         label_key=label,
         batch_key=_first(others, BATCH_WORDS),
         group_key=_first(others, GROUP_WORDS),

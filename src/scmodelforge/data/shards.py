@@ -2,7 +2,8 @@
 
 A shard's `X` is CSR with contiguous, uncompressed arrays and counts in the smallest type that holds them, so any
 reader of AnnData opens it and ours maps it. Genes outside of the vocabulary are gone; the library size over all genes
-measured is kept in obs. Beside each shard lies its record (sources, checksum), and `manifest.json` holds all of them.
+measured is kept in obs. Of the genes inside, var tells those that the source measured from those without counts
+because nobody looked. Beside each shard lies its record (sources, checksum), and `manifest.json` holds all of them.
 
 Conversion reads each cell once and needs memory for one block of cells. A shard appears under its name when it is
 whole, and one that is there already, of the same source and vocabulary, is not made again.
@@ -32,6 +33,7 @@ from scmodelforge.data.h5ad import LIBRARY_SIZE
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
+from scmodelforge.genes.identifiers import MEASURED
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 
 log = logging.getLogger(__name__)
@@ -261,9 +263,13 @@ def _finished(target: Path, source_sha256: str) -> ShardRecord | None:
 
 
 def _write_shard(target: Path, store: CellStore, rows: np.ndarray, obs: pd.DataFrame) -> int:
-    """Write cells of a store as one shard; returns the number of counts."""
+    """Write cells of a store of one file as one shard; returns the number of counts."""
     vocab = store.vocab
-    var = pd.DataFrame({"symbol": vocab.symbols, "biotype": vocab.biotypes}, index=pd.Index(vocab.gene_ids))
+    (match,) = store.matches
+    var = pd.DataFrame(
+        {"symbol": vocab.symbols, "biotype": vocab.biotypes, MEASURED: match.measured(vocab.n_genes)},
+        index=pd.Index(vocab.gene_ids),
+    )
     lengths, libraries, largest, whole = [], [], 0.0, True
     with (
         tempfile.TemporaryFile(dir=target.parent) as genes,

@@ -15,7 +15,7 @@ import pandas as pd
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data import state
-from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.batch import CellBatch, MeasuredGenes
 from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
 from scmodelforge.data.kernels import cells_to_vocabulary
 from scmodelforge.errors import DataError
@@ -40,6 +40,11 @@ class CellStore:
         The matrix of each file, and how its genes meet the vocabulary.
     files
         Their names.
+    measured_sets
+        bool (n_sets, n_genes): which genes of the vocabulary the files measured; files with the same genes share a
+        row. None if all files measured all of them.
+    set_of_file
+        int64 (n_files): its row.
     obs_categories
         Categories of the obs columns that a batch carries, as in `GeneVocab.obs_categories`.
     offsets
@@ -55,6 +60,8 @@ class CellStore:
         self.files = [matrix.name for matrix in self.matrices]
         self.offsets = np.cumsum([0, *(matrix.n_cells for matrix in self.matrices)])
         self.n_cells = int(self.offsets[-1])
+        sets, self.set_of_file = _measured_sets(self.matches, vocab.n_genes)
+        self.measured_sets = None if sets.all() else sets
         self.sampled: list[state.Sample] = []
 
     @cached_property
@@ -113,7 +120,12 @@ class CellStore:
             back = np.argsort(order)
             block, library_size = _concatenate(parts).take(back), np.concatenate([*libraries, ()])[back]
         obs = None if self.obs_codes is None else self.obs_codes[rows]
-        return CellBatch(block.indptr, block.indices, block.data, library_size.astype(np.float32), rows, obs)
+        measured = None
+        if self.measured_sets is not None:
+            measured = MeasuredGenes(self.measured_sets, self.set_of_file[file_of_row])
+        return CellBatch(
+            block.indptr, block.indices, block.data, library_size.astype(np.float32), rows, obs, measured
+        )
 
     def _read_file(self, file: int, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
         """Return vocabulary rows and counts of cells of one file, and their library sizes (float64)."""
@@ -134,11 +146,18 @@ class CellStore:
 
     def describe(self) -> list[str]:
         """Return a line for each file: its size, what it holds, and how much of it the vocabulary covers."""
-        return [
-            f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
-            f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts"
-            for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True)
-        ]
+        lines = []
+        for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True):
+            line = (
+                f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
+                f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts"
+            )
+            if missing := self.vocab.n_genes - match.n_genes:
+                line += (
+                    f"; {missing:,} of the {self.vocab.n_genes:,} genes of the vocabulary were not measured"
+                )
+            lines.append(line)
+        return lines
 
     def close(self) -> None:
         """Close all files; the store cannot be read after that."""
@@ -262,6 +281,14 @@ def to_vocabulary(held: Rows, places: np.ndarray, gene_index: np.ndarray) -> tup
     if not cells_to_vocabulary(*held, places, gene_index, unsigned, indptr, genes, counts, library_size):
         return None
     return Rows(indptr, genes[: indptr[-1]], counts[: indptr[-1]]), library_size
+
+
+def _measured_sets(matches: Sequence[GeneMatch], n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct sets of measured genes, bool (n_sets, n_genes), and that of each file, int64 (n_files)."""
+    place: dict[bytes, int] = {}
+    of_file = [place.setdefault(match.measured(n_genes).tobytes(), len(place)) for match in matches]
+    sets = np.frombuffer(b"".join(place), dtype=bool).reshape(len(place), n_genes)
+    return sets, np.array(of_file, dtype=np.int64)
 
 
 def _concatenate(parts: Sequence[Rows]) -> Rows:

@@ -35,6 +35,8 @@ PREFERRED_COLUMNS = (
     "gene_short_name",
     "symbol",
 )
+MEASURED = "scmodelforge_measured"  # var column of shards: whether the source measured the gene
+NOT_MEASURED = "not measured"
 TRAINED = "A trained model keeps its genes: take another one, or add genes in train or finetune (data.extend_vocab)."
 NEARLY_ALL = 0.95  # Ensembl ids are taken when they find this share of what the best column finds
 
@@ -56,13 +58,18 @@ class GeneMatch:
         gene recognised ("" if none), and `reason`. Reasons of a match: "Ensembl id", "symbol", "previous
         symbol", "repaired name", "other case", "own name" (the vocabulary's own, neither of these). Reasons
         against: "not in the vocabulary: BIOTYPE", "ambiguous symbol", "unknown Ensembl id", "unknown name",
-        "no name".
+        "no name", and "not measured" for a gene that a shard has a column for and its source had not.
     """
 
     column: str
     kind: str
     gene_index: np.ndarray
     table: pd.DataFrame
+
+    @property
+    def n_columns(self) -> int:
+        """Number of var entries that were measured."""
+        return int((self.table.reason != NOT_MEASURED).sum())
 
     @property
     def n_matched(self) -> int:
@@ -79,17 +86,26 @@ class GeneMatch:
         """Number of var entries whose gene an earlier entry already has; their counts are summed."""
         return self.n_matched - self.n_genes
 
+    def measured(self, n_genes: int) -> np.ndarray:
+        """bool (n_genes): the genes of the vocabulary that some var entry is; of the others the file says nothing."""
+        genes = np.zeros(n_genes, dtype=bool)
+        genes[self.gene_index[self.gene_index >= 0]] = True
+        return genes
+
     def summary(self) -> str:
         """Return one readable line: what matched, how, and why the rest did not."""
         hit = self.gene_index >= 0
         how = self.table.reason[hit].value_counts()
         against = self.table.reason[~hit].str.removeprefix("not in the vocabulary: ").value_counts()
+        against = against.drop(NOT_MEASURED, errors="ignore")
         main = "Ensembl id" if self.kind == "ensembl" else "symbol"
-        text = f"matched {self.n_matched:,} of {len(hit):,} genes by {main} in {_place(self.column)}"
+        text = f"matched {self.n_matched:,} of {self.n_columns:,} genes by {main} in {_place(self.column)}"
         if len(extra := how.drop(main, errors="ignore")):
             text += f" ({_counts(extra)})"
         if len(against):
             text += f"; {int(against.sum()):,} not: {_counts(against)}"
+        if n_others := len(hit) - self.n_columns:
+            text += f"; {n_others:,} genes have a column and were not measured"
         if self.n_duplicates:
             text += f"; {self.n_duplicates:,} share a gene with another row and are summed"
         return text
@@ -112,7 +128,7 @@ def match_genes(var: pd.DataFrame, vocab: GeneVocab, column: str | None = None) 
     Raises
     ------
     DataError
-        If `column` does not exist.
+        If `column` does not exist, or a shard does not say which genes were measured.
     """
     return _match(var, reference_of(vocab), column)
 
@@ -132,6 +148,7 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
     vocab, var
         What it was called with.
     """
+    var = var[measured_columns(var)]
     if (free := match_genes(var, vocab)).n_genes > max(2 * match.n_genes, 0.1 * len(var)):
         return (
             f"{_place(match.column)} matches {match.n_genes:,} genes, but {_place(free.column)} matches "
@@ -160,6 +177,24 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
         f"with {vocab.n_genes:,} genes it is too small, or made for other data. Set data.gene_vocab: "
         f"{species}_protein_coding or from_data. {TRAINED}"
     )
+
+
+def measured_columns(var: pd.DataFrame) -> np.ndarray:
+    """bool (n_var): the genes that were measured; all, unless `var` is that of a shard and says otherwise.
+
+    Raises
+    ------
+    DataError
+        If it says so in other words than true and false.
+    """
+    if MEASURED not in var:
+        return np.ones(len(var), dtype=bool)
+    if not pd.api.types.is_bool_dtype(var[MEASURED]) or var[MEASURED].isna().any():
+        raise DataError(
+            f"var['{MEASURED}'] says which genes of a shard were measured, but does not hold true and false alone.\n"
+            "Write the shard anew; or, if all genes were measured, remove the column."
+        )
+    return var[MEASURED].to_numpy(dtype=bool)
 
 
 def _place(column: str) -> str:
@@ -235,11 +270,13 @@ def _match(var: pd.DataFrame, reference: Reference, column: str | None) -> GeneM
             fill = (rows < 0) & ((other.rows >= 0) | (used == ""))
             used[fill], rows[fill], reasons[fill] = other.used[fill], other.rows[fill], other.reasons[fill]
 
+    measured = measured_columns(var)
     genes, found = reference.genes, rows >= 0
     gene_index = np.where(found, genes.vocab_row.to_numpy()[rows], -1).astype(np.int32)
     outside = found & (gene_index < 0)
     biotypes = genes.biotype.to_numpy()[rows[outside]]
     reasons[outside] = [f"not in the vocabulary: {biotype or 'unknown biotype'}" for biotype in biotypes]
+    gene_index[~measured], reasons[~measured] = -1, NOT_MEASURED
     table = pd.DataFrame(
         {
             "var_name": var.index.astype(str),

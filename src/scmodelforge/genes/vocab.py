@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from scmodelforge.errors import ConfigError, DataError, ModelError
 from scmodelforge.files import atomic_path
-from scmodelforge.genes.identifiers import match_species
+from scmodelforge.genes.identifiers import NOT_MEASURED, match_species
 from scmodelforge.genes.names import clean_ensembl_ids
 from scmodelforge.genes.reading import read_gene_table
 from scmodelforge.genes.tables import ID_PREFIX, SPECIES, known_genes, load_table
@@ -382,7 +382,7 @@ def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVo
         genes = pd.DataFrame(
             {"gene_id": genes.gene_id.where(known, own), "symbol": genes.symbol.where(known, own)}
         )
-        parts.append(genes[genes.gene_id != ""])
+        parts.append(genes[(genes.gene_id != "") & (match.table.reason != NOT_MEASURED)])
     union = pd.concat(parts).drop_duplicates("gene_id").sort_values("gene_id")
     ids = union.gene_id.to_numpy(object)
     biotypes = known_genes().biotype.reindex(ids)

@@ -20,7 +20,7 @@ from scmodelforge.data.preprocess import gene_medians
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.genes.embeddings import read_gene_embeddings
-from scmodelforge.genes.identifiers import match_genes
+from scmodelforge.genes.identifiers import NOT_MEASURED, match_genes
 from scmodelforge.genes.names import clean_ensembl_ids
 from scmodelforge.genes.tables import known_genes
 from scmodelforge.genes.vocab import GeneVocab
@@ -29,7 +29,7 @@ from scmodelforge.models.bundle import ModelBundle, assemble, build_model
 log = logging.getLogger(__name__)
 
 SPREAD = 0.1  # of the noise, in standard deviations of the genes' rows
-NAMELESS = ("no name", "ambiguous symbol")
+NO_GENES = ("no name", "ambiguous symbol", NOT_MEASURED)
 GENE_TABLES = ("embedding.tokens.weight", "embedding.tokens.vectors.weight")
 
 
@@ -92,7 +92,7 @@ def new_genes(vocab: GeneVocab, var_frames: Sequence[pd.DataFrame], column: str 
     parts = []
     for var in var_frames:
         match = match_genes(var, vocab, column)
-        rest = match.table[(match.gene_index < 0) & ~match.table.reason.isin(NAMELESS).to_numpy()]
+        rest = match.table[(match.gene_index < 0) & ~match.table.reason.isin(NO_GENES).to_numpy()]
         own = clean_ensembl_ids(rest.used)
         known = rest.gene_id != ""
         names = {"gene_id": rest.gene_id.where(known, own), "symbol": rest.symbol.where(known, own)}

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from scmodelforge.data.batch import MeasuredGenes
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -34,6 +36,8 @@ class TokenBatch:
     left_out
         int64 (n_cells, n), `<pad>` on the right: genes with a count that did not fit into `tokenizer.max_genes`
         (of `binned_expression` and `continuous_projection`); None if all fit.
+    measured
+        As in `CellBatch`, on the host, for tasks that ask about genes without a count.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +48,7 @@ class TokenBatch:
     obs: torch.Tensor | None = None
     bin_edges: torch.Tensor | None = None
     left_out: torch.Tensor | None = None
+    measured: MeasuredGenes | None = None
 
     @property
     def n_cells(self) -> int:
@@ -86,4 +91,5 @@ def keep_tokens(tokens: TokenBatch, kept: np.ndarray, pad_id: int) -> TokenBatch
         lengths=torch.from_numpy(lengths.astype(np.int64)),
         has_padding=bool((lengths < length).any()),
         left_out=None,
+        measured=None,
     )

@@ -61,7 +61,7 @@ def gene_tokens(
         For what is random.
     zeros_last
         Genes without a count follow all others, and fill what room these leave; else all genes of a cell are one
-        list.
+        list. Genes that its file did not measure are in neither.
     """
     if not config.include_zero_genes:
         return _tokens_of_expressed(cells, expressed, carried, config, vocab, seed, epoch)
@@ -70,6 +70,9 @@ def gene_tokens(
         place = row * vocab.n_genes + gene
         row, gene = (each.ravel() for each in np.indices((cells.n_cells, vocab.n_genes)))
         expressed, carried = _scatter(place, expressed, len(row)), _scatter(place, carried, len(row))
+        if cells.measured is not None:
+            known = cells.measured.sets[cells.measured.of_cell].ravel()
+            row, gene, expressed, carried = row[known], gene[known], expressed[known], carried[known]
     without_count = expressed == 0 if zeros_last else np.zeros(len(row), dtype=bool)
     cell = cells.cell_index[row]
     room = config.max_genes - n_special(config)
@@ -222,4 +225,5 @@ def with_special_tokens(
         cell_index=torch.from_numpy(cells.cell_index),
         has_padding=bool((lengths < input_ids.shape[1]).any()),
         obs=None if cells.obs is None else torch.from_numpy(cells.obs),
+        measured=cells.measured,
     )

@@ -25,10 +25,11 @@ ZERO_STREAM = 0x5A45524F << 32  # keeps the draws of zeros apart from those of e
 class MaskedReconstruction(MaskedPrediction):
     """Tell the values of genes that the encoder does not see (scFoundation).
 
-    Of a cell's expressed genes `tokenizer.masking.mask_ratio` are asked, and of the genes without a count
+    Of a cell's expressed genes `tokenizer.masking.mask_ratio` are asked, and of the measured genes without a count
     `model.objective.zero_mask_ratio`, each by its own draw. They are `queries`, in the order of the vocabulary, and
     not in `tokens`; nothing is left in their place, and no value is replaced or shown. Genes that did not fit into
-    `tokenizer.max_genes` have a count, so they are no zeros; they are not asked.
+    `tokenizer.max_genes` have a count, so they are no zeros; they are not asked. Nor are genes that the cell's file did
+    not measure: nobody knows their values.
     """
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
@@ -73,7 +74,7 @@ class MaskedReconstruction(MaskedPrediction):
     def _ask_zeros(
         self, tokens: TokenBatch, key: tuple[Any, Any], seed: int, epoch: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Genes without a count that are asked: rows of the batch and tokens, int64 (m) each.
+        """Measured genes without a count that are asked: rows of the batch and tokens, int64 (m) each.
 
         Every gene of the vocabulary is drawn with `zero_mask_ratio`, by jumping from one drawn gene to the next: the
         jumps are geometric, so there are as many random numbers as drawn genes, not as genes.
@@ -96,6 +97,8 @@ class MaskedReconstruction(MaskedPrediction):
             if with_count is not None:
                 has_count[np.arange(tokens.n_cells)[:, None], with_count.numpy()] = True
         kept = self.seen[candidates] & ~has_count[rows, candidates]
+        if (measured := tokens.measured) is not None:
+            kept &= measured.sets[measured.of_cell[rows], candidates - first]
         return rows[kept], candidates[kept]
 
     def __call__(self, model: MaskedAutoencoder, batch: TrainingBatch) -> ModelOutput:  # type: ignore[override]
