@@ -63,68 +63,22 @@ def gene_tokens(
         Genes without a count follow all others, and fill what room these leave; else all genes of a cell are one
         list. Genes that its file did not measure are in neither.
     """
-    if not config.include_zero_genes:
-        return _tokens_of_expressed(cells, expressed, carried, config, vocab, seed, epoch)
-    row, gene = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell), cells.gene_ids
+    indptr, genes = cells.indptr, cells.gene_ids
     if config.include_zero_genes:
-        place = row * vocab.n_genes + gene
-        row, gene = (each.ravel() for each in np.indices((cells.n_cells, vocab.n_genes)))
-        expressed, carried = _scatter(place, expressed, len(row)), _scatter(place, carried, len(row))
-        if cells.measured is not None:
-            known = cells.measured.sets[cells.measured.of_cell].ravel()
-            row, gene, expressed, carried = row[known], gene[known], expressed[known], carried[known]
-    without_count = expressed == 0 if zeros_last else np.zeros(len(row), dtype=bool)
-    cell = cells.cell_index[row]
-    room = config.max_genes - n_special(config)
-
-    kept = np.arange(len(row))
-    too_long = np.bincount(row, minlength=cells.n_cells)[row] > room
-    if config.overlong == "sample" and config.gene_order != "random" and too_long.any():
-        long = np.flatnonzero(too_long)  # the first of a random order are a sample already
-        bits = draw(SAMPLE, seed, epoch, cell[long], gene[long])
-        chosen = _first(room, row[long], _by_cell(row[long], without_count[long], bits))
-        kept = np.sort(np.concatenate([np.flatnonzero(~too_long), long[chosen]]))
-
-    # Sorting is stable: what is equal stays in the order of the vocabulary.
-    if config.gene_order == "random":
-        bits = draw(ORDER, seed, epoch, cell[kept], gene[kept])
-        kept = kept[_by_cell(row[kept], without_count[kept], bits)]
-    elif config.gene_order == "value":
-        kept = kept[np.lexsort((-expressed[kept], row[kept]))]  # zeros are last by themselves
-    elif without_count.any():
-        kept = kept[_by_cell(row[kept], without_count[kept], np.uint32(0))]
-    kept = kept[_first(room, row[kept], np.arange(len(kept)))]
-    tokens = token_batch(cells, config, vocab, row[kept], gene[kept], carried[kept])
-    if not too_long.any():
-        return tokens
-    left_out = expressed > 0
-    left_out[kept] = False
-    return replace(tokens, left_out=_padded(row[left_out], gene[left_out], cells.n_cells, vocab))
-
-
-def _tokens_of_expressed(
-    cells: CellBatch,
-    expressed: np.ndarray,
-    carried: np.ndarray,
-    config: TokenizerConfig,
-    vocab: GeneVocab,
-    seed: int,
-    epoch: int,
-) -> TokenBatch:
-    """As `gene_tokens`, of genes with a count alone."""
-    room, longest = room_for_genes(cells, config), int(cells.n_genes_per_cell.max(initial=0))
-    input_ids = np.empty((cells.n_cells, max(room + n_special(config), 1)), dtype=np.int64)
-    values = np.empty(input_ids.shape, dtype=np.float32)
-    lengths = np.empty(cells.n_cells, dtype=np.int64)
+        indptr, genes, expressed, carried = _with_zeros(cells, expressed, carried, vocab.n_genes)
+    longest = int(np.diff(indptr).max(initial=0))
+    room = min(longest, config.max_genes - n_special(config))
+    input_ids, values, lengths = empty_tokens(cells.n_cells, room, config)
     left_out = np.empty((cells.n_cells, longest - room), dtype=np.int64)
-    choose_genes(
-        cells.indptr,
-        cells.gene_ids,
+    widest = choose_genes(
+        indptr,
+        genes,
         expressed,
         carried,
         cells.cell_index,
         {"column": COLUMN, "random": RANDOM, "value": VALUE}[config.gene_order],
         config.overlong == "sample",
+        config.include_zero_genes and zeros_last,
         np.uint64(seed ^ SAMPLE),
         np.uint64(seed ^ ORDER),
         np.uint64(epoch),
@@ -137,69 +91,38 @@ def _tokens_of_expressed(
         lengths,
         left_out,
     )
-    tokens = with_special_tokens(cells, config, vocab, input_ids, values, lengths + n_special(config))
-    return replace(tokens, left_out=torch.from_numpy(left_out)) if longest > room else tokens
+    tokens = with_special_tokens(cells, config, vocab, input_ids, values, lengths)
+    return replace(tokens, left_out=torch.from_numpy(left_out[:, :widest])) if longest > room else tokens
 
 
-def room_for_genes(cells: CellBatch, config: TokenizerConfig) -> int:
-    """Genes that the sequences of these cells need room for: those of the longest, if they fit."""
-    return min(int(cells.n_genes_per_cell.max(initial=0)), config.max_genes - n_special(config))
+def _with_zeros(
+    cells: CellBatch, expressed: np.ndarray, carried: np.ndarray, n_genes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """indptr, genes and both kinds of values of all genes that were measured, with zeros where nothing was counted."""
+    row = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell)
+    place = row * n_genes + cells.gene_ids
+    genes = np.tile(np.arange(n_genes, dtype=np.int32), cells.n_cells)
+    dense = [np.zeros(len(genes), dtype=each.dtype) for each in (expressed, carried)]
+    for filled, each in zip(dense, (expressed, carried), strict=True):
+        filled[place] = each
+    if cells.measured is None:
+        return np.arange(cells.n_cells + 1) * n_genes, genes, *dense
+    known = cells.measured.sets[cells.measured.of_cell]
+    indptr = np.concatenate([[0], np.cumsum(known.sum(axis=1))])
+    return indptr, genes[known.ravel()], dense[0][known.ravel()], dense[1][known.ravel()]
 
 
-def _padded(row: np.ndarray, gene: np.ndarray, n_cells: int, vocab: GeneVocab) -> torch.Tensor:
-    """int64 (n_cells, n): tokens of the genes of each cell (ascending `row`), pads on the right."""
-    n_genes = np.bincount(row, minlength=n_cells)
-    tokens = np.full((n_cells, int(n_genes.max(initial=0))), vocab.pad_id, dtype=np.int64)
-    tokens[row, position_in_cell(row)] = gene + vocab.first_gene_token
-    return torch.from_numpy(tokens)
-
-
-def _by_cell(row: np.ndarray, last: np.ndarray, bits: np.ndarray | np.uint32) -> np.ndarray:
-    """int64: the order of entries by cell, then those that are not `last`, then by 32 bits; stable."""
-    words = row.astype(np.uint64) << np.uint64(33) | last.astype(np.uint64) << WORD | bits
-    return np.argsort(words, kind="stable")
-
-
-def _scatter(place: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    dense = np.zeros(size, dtype=values.dtype)
-    dense[place] = values
-    return dense
-
-
-def _first(n: int, row: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Of entries taken in an order that keeps cells together: the first `n` of each cell."""
-    return order[position_in_cell(row[order]) < n]
-
-
-def position_in_cell(row: np.ndarray) -> np.ndarray:
-    """int64: place of each entry within its cell, for ascending `row`."""
-    n = np.bincount(row)
-    return np.arange(len(row)) - np.repeat(np.cumsum(n) - n, n)
+def empty_tokens(
+    n_cells: int, room: int, config: TokenizerConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Arrays to fill: tokens int64 and values float32, with room for so many genes and special tokens, and lengths."""
+    shape = n_cells, max(room + n_special(config), 1)  # a batch of empty cells still has a position
+    return np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(n_cells, np.int64)
 
 
 def n_special(config: TokenizerConfig) -> int:
     """Special tokens that each cell gets."""
     return int(config.prepend_cls) + int(config.append_eos)
-
-
-def token_batch(
-    cells: CellBatch,
-    config: TokenizerConfig,
-    vocab: GeneVocab,
-    row: np.ndarray,
-    gene: np.ndarray,
-    values: np.ndarray,
-) -> TokenBatch:
-    """Tokens of genes that are chosen and in order (ascending `row`), with `<cls>`, `<eos>` and pads."""
-    n_cells, start = cells.n_cells, int(config.prepend_cls)
-    lengths = np.bincount(row, minlength=n_cells) + n_special(config)
-    length = max(int(lengths.max(initial=0)), 1)  # a batch of empty cells still has a position
-    input_ids = np.full((n_cells, length), vocab.pad_id, dtype=np.int64)
-    carried = np.zeros(input_ids.shape, dtype=np.float32)
-    place = start + position_in_cell(row)
-    input_ids[row, place] = gene + vocab.first_gene_token
-    carried[row, place] = values
-    return with_special_tokens(cells, config, vocab, input_ids, carried, lengths)
 
 
 def with_special_tokens(
@@ -208,9 +131,10 @@ def with_special_tokens(
     vocab: GeneVocab,
     input_ids: np.ndarray,
     carried: np.ndarray,
-    lengths: np.ndarray,
+    n_genes: np.ndarray,
 ) -> TokenBatch:
-    """Put `<cls>` and `<eos>` into sequences (n_cells, at least the longest) of `lengths`, which count them."""
+    """Put `<cls>` and `<eos>` into sequences (n_cells, at least the longest) with so many genes each."""
+    lengths = n_genes + n_special(config)
     if (length := max(int(lengths.max(initial=0)), 1)) < input_ids.shape[1]:
         input_ids, carried = input_ids[:, :length].copy(), carried[:, :length].copy()
     if config.prepend_cls and vocab.cls_id is not None:
@@ -221,7 +145,7 @@ def with_special_tokens(
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids),
         values=torch.from_numpy(carried),
-        lengths=torch.from_numpy(lengths.astype(np.int64)),
+        lengths=torch.from_numpy(lengths),
         cell_index=torch.from_numpy(cells.cell_index),
         has_padding=bool((lengths < input_ids.shape[1]).any()),
         obs=None if cells.obs is None else torch.from_numpy(cells.obs),

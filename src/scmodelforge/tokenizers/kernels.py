@@ -183,6 +183,7 @@ def choose_genes(
     cell_index: np.ndarray,
     gene_order: int,
     sample: bool,
+    zeros_last: bool,
     sample_key: np.uint64,
     order_key: np.uint64,
     epoch: np.uint64,
@@ -194,7 +195,7 @@ def choose_genes(
     out_values: np.ndarray,
     out_lengths: np.ndarray,
     left_out: np.ndarray,
-) -> None:
+) -> int:
     """Which genes of each cell stay, in which order, with their values.
 
     Parameters
@@ -207,14 +208,20 @@ def choose_genes(
         COLUMN, RANDOM or VALUE.
     sample
         Of a cell with more genes than fit, a random sample stays instead of the first ones in their order.
+    zeros_last
+        Genes without a count come after all others, and go first where they do not fit.
     sample_key, order_key, epoch
         Of the draws, one for each (cell, gene).
     first_token, pad_id, start, room, out_tokens, out_values, out_lengths
         As in `rank_genes`.
     left_out
-        int64 (n_cells, n), filled: tokens of the genes that do not fit, ascending, with pads on the right.
+        int64 (n_cells, n), filled: tokens of the genes with a count that do not fit, ascending, with pads on the right.
+
+    Returns
+    -------
+    The most that any cell has in `left_out`.
     """
-    longest = 0
+    longest, widest = 0, 0
     for cell in range(len(indptr) - 1):
         longest = max(longest, indptr[cell + 1] - indptr[cell])
     order, places = np.empty(longest, np.int64), np.empty(longest, np.int64)
@@ -242,15 +249,21 @@ def choose_genes(
         else:
             for i in range(n):
                 order[i] = i
+        if zeros_last:
+            _move_zeros_last(expressed[begin : begin + n], order, n, places)
         if gene_order != RANDOM:
-            stays[:n] = not drawn
-            for i in range(min(n, room)):
-                stays[order[i]] = True
-            n_stay = 0
-            for i in range(n):
-                if stays[i]:
-                    order[n_stay] = i
-                    n_stay += 1
+            n_stay = n
+            if drawn:
+                stays[:n] = False
+                for i in range(room):
+                    stays[order[i]] = True
+                n_stay = 0
+                for i in range(n):
+                    if stays[i]:
+                        order[n_stay] = i
+                        n_stay += 1
+                if zeros_last:
+                    _move_zeros_last(expressed[begin : begin + n], order, n_stay, places)
             if gene_order == VALUE:
                 for i in range(n_stay):
                     values[i] = expressed[begin + order[i]]
@@ -274,10 +287,26 @@ def choose_genes(
             for i in range(kept):
                 stays[order[i]] = True
             for i in range(n):
-                if not stays[i]:
+                if not stays[i] and expressed[begin + i] > 0:
                     left_out[cell, n_left] = genes[begin + i] + first_token
                     n_left += 1
         left_out[cell, n_left:] = pad_id
+        widest = max(widest, n_left)
+    return widest
+
+
+@numba.njit(nogil=True, cache=True)
+def _move_zeros_last(expressed: np.ndarray, order: np.ndarray, n: int, spare: np.ndarray) -> None:
+    """Bring the entries without a count behind the others, both in their order."""
+    n_first, n_last = 0, 0
+    for i in range(n):
+        if expressed[order[i]] > 0:
+            order[n_first] = order[i]
+            n_first += 1
+        else:
+            spare[n_last] = order[i]
+            n_last += 1
+    order[n_first:n] = spare[:n_last]
 
 
 @numba.njit(nogil=True, cache=True)

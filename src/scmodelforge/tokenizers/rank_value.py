@@ -17,7 +17,7 @@ from scmodelforge.data.module import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.explain import explain_tokens, of_first_cell
-from scmodelforge.tokenizers.gene_sequence import n_special, room_for_genes, with_special_tokens
+from scmodelforge.tokenizers.gene_sequence import empty_tokens, n_special, with_special_tokens
 from scmodelforge.tokenizers.kernels import rank_genes
 
 
@@ -46,11 +46,8 @@ class RankValueTokenizer:
     def __call__(self, cells: CellBatch, seed: int = 0, epoch: int = VALIDATION_EPOCH) -> TokenBatch:
         """Tokenize cells; see `TokenBatch` for shapes. Cells without a usable gene keep their special tokens."""
         vocab, config = self.vocab, self.config
-        room = room_for_genes(cells, config)
-        # a batch of empty cells still has a position
-        input_ids = np.empty((cells.n_cells, max(room + n_special(config), 1)), dtype=np.int64)
-        values = np.empty(input_ids.shape, dtype=np.float32)
-        lengths = np.empty(cells.n_cells, dtype=np.int64)
+        room = min(int(cells.n_genes_per_cell.max(initial=0)), config.max_genes - n_special(config))
+        input_ids, values, lengths = empty_tokens(cells.n_cells, room, config)
         rank_genes(
             cells.indptr,
             cells.gene_ids,
@@ -66,7 +63,7 @@ class RankValueTokenizer:
             values,
             lengths,
         )
-        return with_special_tokens(cells, config, vocab, input_ids, values, lengths + n_special(config))
+        return with_special_tokens(cells, config, vocab, input_ids, values, lengths)
 
     def explain(self, cells: CellBatch) -> pd.DataFrame:
         """What the first cell of `cells` becomes, one row a token.
