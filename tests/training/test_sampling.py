@@ -1,0 +1,130 @@
+"""Training on cells drawn by weight or in stretches: as long as the draws, and resumed exactly."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from scmodelforge.config import Config
+from scmodelforge.data.store import CellStore
+from scmodelforge.errors import DataError, ModelError
+from scmodelforge.finetuning.run import finetune
+from scmodelforge.models.bundle import read_checkpoint
+from scmodelforge.training.callbacks import LastCheckpoint
+from scmodelforge.training.run import RunResult, train
+from tests.helpers import finetune_config, marker_cells, tiny_config
+
+N_DRAWS, STEPS = 200, 7  # an epoch, in batches of 30
+SAMPLING = {
+    "label_key": "cell_type",
+    "curriculum_epochs": 1,
+    "mixture": {"one.h5ad": 3, "*": 1},
+    "max_repeats": 8,
+    "cells_per_epoch": N_DRAWS,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two data sets; B cells are rare in the first."""
+    folder = tmp_path_factory.mktemp("files")
+    cells = marker_cells(120)
+    rare = np.flatnonzero(cells.obs["cell_type"] == "B")[5:]
+    first = cells[np.setdiff1d(np.arange(120), rare)].copy()
+    for name, part in (("one", first), ("two", marker_cells(60, seed=1))):
+        part.obs_names = [f"{name}_{cell}" for cell in part.obs_names]
+        part.write_h5ad(folder / f"{name}.h5ad")
+    return [str(folder / f"{name}.h5ad") for name in ("one", "two")]
+
+
+def config_of(files: list[str], run_dir: Path, **data) -> Config:
+    training = {"max_epochs": 3, "checkpoint_every_n_steps": 1, "log_every_n_steps": 1}
+    return tiny_config(run_dir, data={"paths": files, **data}, training=training)
+
+
+def interrupted(config: Config, stop_at: int, copy: Path) -> RunResult:
+    """A whole run, with a copy of `last.ckpt` as an interruption at a step would have left it."""
+    save = LastCheckpoint._save
+
+    def save_and_copy(self, trainer):
+        save(self, trainer)
+        if trainer.global_step == stop_at:
+            shutil.copy(self.path, copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LastCheckpoint, "_save", save_and_copy)
+        return train(config)
+
+
+@pytest.mark.parametrize("stop_at", [STEPS - 2, STEPS, 2 * STEPS + 3])
+@pytest.mark.parametrize("data", [{"sampling": SAMPLING}, {"shuffle_buffer": 20}], ids=["sampling", "buffer"])
+def test_a_resumed_run_draws_what_the_whole_one_would_have(
+    files: list[str], tmp_path: Path, data: dict, stop_at: int
+) -> None:
+    stop_at = stop_at if "sampling" in data else stop_at // 2
+    whole = interrupted(config_of(files, tmp_path / "whole", **data), stop_at, tmp_path / "stopped.ckpt")
+    resumed = train(config_of(files, tmp_path / "resumed", **data), resume=tmp_path / "stopped.ckpt")
+    first, second = (read_checkpoint(run.checkpoint_dir / "last.ckpt") for run in (whole, resumed))
+    assert first["global_step"] == second["global_step"]
+    assert stop_at < first["global_step"]
+    for name, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][name]), name
+
+
+def test_an_epoch_is_as_long_as_its_draws_and_balanced(files: list[str], tmp_path: Path) -> None:
+    read: list[np.ndarray] = []
+    original = CellStore.read
+
+    def noted(self, rows):
+        read.append(rows)
+        return original(self, rows)
+
+    config = config_of(files, tmp_path, sampling=SAMPLING, split={"val_split": 0.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CellStore, "read", noted)
+        result = train(config.model_copy(update={"data": config.data}))
+    assert read_checkpoint(result.checkpoint_dir / "last.ckpt")["global_step"] == 3 * STEPS
+    rates = pd.read_csv(tmp_path / "metrics.csv")["learning_rate"].dropna()
+    assert rates.iloc[-1] == 0 or rates.iloc[-1] < rates.max() / 10, "the schedule ends with the run"
+    last = np.concatenate(read[-STEPS:])  # in any order
+    assert len(last) == N_DRAWS
+    store_obs = pd.concat([__import__("anndata").read_h5ad(path).obs for path in files])
+    drawn = store_obs.iloc[last]
+    from_one = drawn.index.str.startswith("one")
+    assert from_one.sum() == 150
+    counts = drawn["cell_type"][from_one].value_counts()
+    assert counts["B"] == 40, "5 cells, at most 8 times each"
+    assert abs(counts["T"] - counts["NK"]) <= 1
+
+
+def test_a_run_goes_on_only_with_the_same_sampling(files: list[str], tmp_path: Path) -> None:
+    config = config_of(files, tmp_path / "run", sampling=SAMPLING)
+    last = train(config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 1})}))
+    checkpoint = last.checkpoint_dir / "last.ckpt"
+    with pytest.raises(ModelError, match=r"data\.sampling\.label_key: null in the config, cell_type in the run"):
+        train(config_of(files, tmp_path / "other"), resume=checkpoint)
+    with pytest.raises(ModelError, match=r"data\.sampling\.mixture\.one\.h5ad: 2\.0 in the config, 3\.0 in the run"):
+        other = SAMPLING | {"mixture": {"one.h5ad": 2, "*": 1}}
+        train(config_of(files, tmp_path / "other", sampling=other), resume=checkpoint)
+
+
+def test_a_missing_label_is_said_before_anything_is_written(files: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.sampling\.label_key is 'celltype'.*Did you mean 'cell_type'"):
+        train(config_of(files, tmp_path / "run", sampling={"label_key": "celltype"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_draws_by_weight_too(pretrained: RunResult, tmp_path: Path) -> None:
+    config = finetune_config(tmp_path, {"max_epochs": 2, "log_every_n_steps": 1})
+    sampling = {"label_key": "cell_type", "cells_per_epoch": 600}  # 180 cells train: each comes several times
+    data = config.data.model_validate(config.data.model_dump(exclude_unset=True) | {"sampling": sampling})
+    result = finetune(
+        config.model_copy(update={"data": data}), pretrained.checkpoint_dir / "best.ckpt", data=marker_cells()
+    )
+    assert read_checkpoint(result.checkpoint_dir / "last.ckpt")["global_step"] == 2 * 20
+    assert result.metrics["val_macro_f1"] > 0.8
