@@ -60,7 +60,8 @@ class Sampling(Section):
     """Training cells drawn by weight instead of each once an epoch; the order stays a function of seed and epoch."""
 
     label_key: str | None = Field(
-        None, description="obs column whose classes are balanced (within each data set of mixture); null: none."
+        None,
+        description="obs column whose classes are balanced (within each data set of mixture); null: none.",
     )
     label_power: float = Field(
         1.0,

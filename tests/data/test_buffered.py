@@ -20,7 +20,9 @@ from tests.helpers import make_vocab
 VOCAB = make_vocab(6)
 
 
-def epoch_of(order: BufferedShuffle, epoch: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+def epoch_of(
+    order: BufferedShuffle, epoch: int, batch_size: int, rank: int = 0, world: int = 1
+) -> np.ndarray:
     steps = n_steps(order.n_draws, batch_size, world)
     batches = [order.batch(epoch, step, batch_size, rank, world).rows for step in range(steps)]
     return np.concatenate([np.zeros(0, np.int64), *batches])
@@ -29,13 +31,13 @@ def epoch_of(order: BufferedShuffle, epoch: int, batch_size: int, rank: int = 0,
 def slow_sequence(n: int, block: int, buffer: int, seed: int, epoch: int) -> np.ndarray:
     """The whole order by lists of blocks and buffers."""
     cells, n_full = np.arange(n), n // block
-    blocks = permutation(np.arange(n_full), n_full, int(draw_key(seed, epoch, 0, 1))) if n_full else []
+    blocks = permutation(np.arange(n_full), n_full, draw_key(seed, epoch, 0, 1)) if n_full else []
     sequence = [cells[b * block : (b + 1) * block] for b in blocks] + [cells[n_full * block :]]
     sequence = np.concatenate(sequence)
     out = []
     for number, start in enumerate(range(0, n, buffer)):
         held = sequence[start : start + buffer]
-        key = int(draw_key(seed, epoch, number, 2))
+        key = draw_key(seed, epoch, number, 2)
         out.append(held[permutation(np.arange(len(held)), len(held), key)])
     return np.concatenate(out)
 
@@ -68,7 +70,9 @@ def test_the_buffers_of_a_rank_are_what_it_reads(n, block, blocks, world):
     for rank in range(world):
         told = [order.buffer_rows(1, number, rank, world) for number in range(-(-n // order.buffer) + 1)]
         assert all((np.diff(rows) > 0).all() for rows in told)
-        np.testing.assert_array_equal(np.sort(np.concatenate(told)), np.sort(epoch_of(order, 1, 16, rank, world)))
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate(told)), np.sort(epoch_of(order, 1, 16, rank, world))
+        )
 
 
 def test_a_buffer_holds_few_blocks_and_mixes_them():
@@ -101,7 +105,13 @@ def test_every_cell_of_a_trillion_has_its_place():
 
 @pytest.mark.parametrize(
     ("cells", "block", "expected"),
-    [(1000, None, (768, 256)), (100, None, (100, 100)), (1, None, (1, 1)), (1000, 64, (960, 64)), (10, 64, (64, 64))],
+    [
+        (1000, None, (768, 256)),
+        (100, None, (100, 100)),
+        (1, None, (1, 1)),
+        (1000, 64, (960, 64)),
+        (10, 64, (64, 64)),
+    ],
 )
 def test_a_buffer_is_made_of_whole_blocks(cells, block, expected):
     order = buffered_shuffle(np.arange(5000), 0, cells, block)
@@ -114,7 +124,9 @@ def test_a_buffer_is_made_of_whole_blocks(cells, block, expected):
 def open_slow(n_cells: int = 100, buffer: int | None = 20, block: int | None = 5):
     """A store whose matrix wants a buffered shuffle, and the list of what it was told to fetch."""
     counts = np.ones((n_cells // 2, 4), dtype=np.int64)
-    store = open_store([make_adata(counts, np.arange(4)), make_adata(counts, np.arange(4))], VOCAB, NO_MINIMUM)
+    store = open_store(
+        [make_adata(counts, np.arange(4)), make_adata(counts, np.arange(4))], VOCAB, NO_MINIMUM
+    )
     told: list[tuple[int, np.ndarray]] = []
     for number, matrix in enumerate(store.matrices):
         matrix.shuffle_buffer, matrix.block_cells = buffer, block

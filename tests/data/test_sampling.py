@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -33,11 +34,15 @@ class Cells:
     def __init__(self, labels: list[list[str | None]], names: list[str] | None = None) -> None:
         self.files = names or [f"folder/{'abcdef'[i]}.h5ad" for i in range(len(labels))]
         self.offsets = np.cumsum([0, *map(len, labels)])
-        self.obs = pd.DataFrame({"kind": pd.Series([label for file in labels for label in file], dtype=object)})
+        self.obs = pd.DataFrame(
+            {"kind": pd.Series([label for file in labels for label in file], dtype=object)}
+        )
         self.rows = np.arange(len(self.obs))
 
 
-def epoch_of(order: WeightedDraws, epoch: int, batch_size: int = 16, rank: int = 0, world: int = 1) -> np.ndarray:
+def epoch_of(
+    order: WeightedDraws, epoch: int, batch_size: int = 16, rank: int = 0, world: int = 1
+) -> np.ndarray:
     steps = n_steps(order.n_draws, batch_size, world)
     batches = [order.batch(epoch, step, batch_size, rank, world).rows for step in range(steps)]
     return np.concatenate([np.zeros(0, np.int64), *batches])
@@ -65,7 +70,9 @@ def test_what_a_limit_cuts_goes_to_the_others_in_proportion(weights, limits, sha
 
 
 @given(
-    weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=8), total=st.integers(1, 500), epochs=st.integers(1, 60)
+    weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=8),
+    total=st.integers(1, 500),
+    epochs=st.integers(1, 60),
 )
 def test_whole_draws_follow_the_shares(weights, total, epochs):
     shares = total * np.array(weights) / sum(weights)
@@ -106,7 +113,7 @@ def test_no_cell_of_a_stratum_comes_again_before_all_others_have(sizes, data, se
         drawn = epoch_of(order, epoch)
         assert len(drawn) == n_draws
         seen += np.bincount((drawn - 1) // 2, minlength=len(rows))
-        for begin, end in zip(offsets, offsets[1:], strict=False):
+        for begin, end in pairwise(offsets):
             assert np.ptp(seen[begin:end]) <= 1
     total = sum(order.quotas(epoch) for epoch in range(4))
     np.testing.assert_array_equal(np.add.reduceat(seen, offsets[:-1]), total)
@@ -165,7 +172,7 @@ def test_the_compiled_draws_are_the_slow_ones(sizes, data, seed):
     for position, place, lap in zip(positions.tolist(), places, laps, strict=True):
         k = int(stratum[position])
         drawn = earlier[k] + position - int(bounds[k])
-        order = permutation(np.arange(sizes[k]), sizes[k], int(draw_key(seed, drawn // sizes[k], k, 3)))
+        order = permutation(np.arange(sizes[k]), sizes[k], draw_key(seed, drawn // sizes[k], k, 3))
         assert place == offsets[k] + order[drawn % sizes[k]]
         assert lap == drawn // sizes[k] - earlier[k] // sizes[k]
 
@@ -249,7 +256,10 @@ def test_it_says_what_each_stratum_gets(caplog: pytest.LogCaptureFixture) -> Non
     ("sampling", "message"),
     [
         ({"label_key": "kinds"}, r"label_key is 'kinds', but obs has no such column\. Did you mean 'kind'"),
-        ({"mixture": {"a.h5ad": 1}}, r"no weight to folder/b\.h5ad\.\nIt names a\.h5ad\. Add these files.*'\*'"),
+        (
+            {"mixture": {"a.h5ad": 1}},
+            r"no weight to folder/b\.h5ad\.\nIt names a\.h5ad\. Add these files.*'\*'",
+        ),
         ({"mixture": {"*": 1, "c.h5ad": 1}}, r"no file is left for c\.h5ad"),
         ({"mixture": {"*": 1, "a.h5ad": 1}}, r"no file is left for a\.h5ad.*\n.*first key that fits"),
         ({"max_repeats": 0.01, "cells_per_epoch": 5}, "max_repeats 0.01 leaves no draw of 9 cells"),
@@ -263,7 +273,9 @@ def test_what_does_not_fit_the_data_is_refused(sampling: dict, message: str) -> 
 
 def test_cells_without_a_label_are_counted() -> None:
     cells = Cells([["B"] * 4 + [None, None], ["T"] * 5])
-    with pytest.raises(DataError, match=r"has no value for 2 of 11 cells\.\nFill them in, .* to balance no label"):
+    with pytest.raises(
+        DataError, match=r"has no value for 2 of 11 cells\.\nFill them in, .* to balance no label"
+    ):
         weighted_draws(cells, cells.rows, Sampling(label_key="kind"), 1)
     order = weighted_draws(cells, np.array([0, 1, 9, 10]), Sampling(label_key="kind"), 1)
     assert order.n_draws == 4, "cells that do not train need none"

@@ -111,9 +111,7 @@ class BufferedShuffle:
         return self.rows[places]
 
 
-def buffered_shuffle(
-    rows: np.ndarray, seed: int, cells: int, block: int | None = None
-) -> BufferedShuffle:
+def buffered_shuffle(rows: np.ndarray, seed: int, cells: int, block: int | None = None) -> BufferedShuffle:
     """Return the order with buffers of about `cells`, of whole blocks; `block`: as the source would have it."""
     block = block or min(BLOCK, cells)
     return BufferedShuffle(rows, seed, max(block, cells // block * block), block)

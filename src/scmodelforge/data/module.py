@@ -117,7 +117,9 @@ class CellDataModule(LightningDataModule):
                 announce(epoch, step, self.batch_size, rank, world)
             draws = self.order.batch(epoch, step, self.batch_size, rank, world)
             cells = self.store.read(draws.rows)
-            return self._make(replace(cells, cell_index=draws.rows + draws.repeats * REPEAT), epoch, step, rank)
+            return self._make(
+                replace(cells, cell_index=draws.rows + draws.repeats * REPEAT), epoch, step, rank
+            )
 
         self._train_loader = BatchLoader(make, self.steps_per_epoch, self.threads)
         self._train_loader.load_state_dict(self._start)

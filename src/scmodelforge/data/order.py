@@ -14,13 +14,14 @@ from typing import Protocol
 import numba
 import numpy as np
 
-from scmodelforge.data.random import LOW, WORD, philox_words
+from scmodelforge.data.random import WORD, philox_words
 
 FEISTEL_ROUNDS = 8
 ORDER_STREAM = 0x0D0E  # fourth word of the counter, so that no other use of the seed draws the same keys
 MURMUR = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 SHIFT = np.uint64(33)
 ONE = np.uint64(1)
+LOW64 = 2**64 - 1
 
 
 class Order(Protocol):
@@ -56,8 +57,8 @@ class Draws:
 
 
 @numba.njit(nogil=True, cache=True)
-def draw_key(seed: int, c0: int, c1: int, c2: int) -> int:
-    """Return a key of 64 bits for `permutation`: a function of the seed and three words."""
+def draw_key(seed: int, c0: int, c1: int, c2: int) -> np.uint64:
+    """Return a key for `permutation`: a function of the seed and three words."""
     high, low, _, _ = philox_words(
         np.uint64(seed), np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(ORDER_STREAM)
     )
@@ -65,14 +66,14 @@ def draw_key(seed: int, c0: int, c1: int, c2: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def fill_round_keys(key: int, out: np.ndarray) -> None:
+def fill_round_keys(key: np.uint64, out: np.ndarray) -> None:
     """Fill uint64 (FEISTEL_ROUNDS) with the keys of the rounds."""
     for i in range(FEISTEL_ROUNDS):
         out[i] = draw_key(key, i, 0, 0)
 
 
 @numba.njit(nogil=True, cache=True)
-def _mix(x: int, key: int) -> int:
+def _mix(x: np.uint64, key: np.uint64) -> np.uint64:
     """Hash a uint64: key added, then the finalizer of MurmurHash3 (Appleby, public domain)."""
     x = x + key
     x = (x ^ (x >> SHIFT)) * MURMUR[0]
@@ -81,7 +82,7 @@ def _mix(x: int, key: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def permuted(position: int, n: int, round_keys: np.ndarray) -> int:
+def permuted(position: int, n: int, round_keys: np.ndarray) -> np.int64:
     """As `permutation` for one position, within compiled code; `round_keys` by `fill_round_keys`."""
     bits, end = np.uint64(2), np.uint64(n)
     while (ONE << bits) < end:  # the network permutes range(2**bits), less than twice n
@@ -100,7 +101,7 @@ def permuted(position: int, n: int, round_keys: np.ndarray) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _permute(positions: np.ndarray, n: int, key: int, out: np.ndarray) -> bool:
+def _permute(positions: np.ndarray, n: int, key: np.uint64, out: np.ndarray) -> bool:
     """Fill `out`; False where a position lies outside of [0, n)."""
     round_keys = np.empty(FEISTEL_ROUNDS, np.uint64)
     fill_round_keys(key, round_keys)
@@ -111,7 +112,7 @@ def _permute(positions: np.ndarray, n: int, key: int, out: np.ndarray) -> bool:
     return True
 
 
-def permutation(positions: np.ndarray, n: int, key: int) -> np.ndarray:
+def permutation(positions: np.ndarray, n: int, key: int | np.uint64) -> np.ndarray:
     """Return where the keyed permutation of `range(n)` sends each position.
 
     Parameters
@@ -121,7 +122,7 @@ def permutation(positions: np.ndarray, n: int, key: int) -> np.ndarray:
     n
         Length of the permutation, up to 2**62.
     key
-        64 bits; another key gives another permutation.
+        The low 64 bits are used; another key gives another permutation.
 
     Returns
     -------
@@ -129,12 +130,9 @@ def permutation(positions: np.ndarray, n: int, key: int) -> np.ndarray:
     """
     positions = np.ascontiguousarray(positions, dtype=np.int64)
     out = np.empty(positions.shape, dtype=np.int64)
-    if not _permute(positions.ravel(), n, np.uint64(key & LOW64), out.reshape(-1)):
+    if not _permute(positions.ravel(), n, np.uint64(int(key) & LOW64), out.reshape(-1)):
         raise IndexError(f"positions must lie in [0, {n})")
     return out
-
-
-LOW64 = int(LOW) << 32 | int(LOW)
 
 
 def n_steps(n_cells: int, batch_size: int, world: int = 1) -> int:
@@ -182,7 +180,7 @@ def batch_rows(
     """
     positions = local_positions(len(rows), step, batch_size, world) * world + rank
     if shuffle:
-        positions = permutation(positions, len(rows), int(draw_key(seed, epoch, 0, 0)))
+        positions = permutation(positions, len(rows), draw_key(seed, epoch, 0, 0))
     return np.asarray(rows)[positions]
 
 

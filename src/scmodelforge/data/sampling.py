@@ -118,7 +118,7 @@ class WeightedDraws:
             self._plan = plan = (epoch, np.concatenate([[0], np.cumsum(self.quotas(epoch))]), earlier)
         _, bounds, earlier = plan
         positions = local_positions(self.n_draws, step, batch_size, world) * world + rank
-        positions = permutation(positions, self.n_draws, int(draw_key(self.seed, epoch, 0, 0)))
+        positions = permutation(positions, self.n_draws, draw_key(self.seed, epoch, 0, 0))
         places, laps = np.empty_like(positions), np.empty_like(positions)
         draw_cells(positions, bounds, earlier, self.offsets, self.seed, places, laps)
         return Draws(self.rows[places], laps)
@@ -202,16 +202,17 @@ def weighted_draws(store: CellStore, rows: np.ndarray, sampling: Sampling, seed:
     of_datasets = fill_shares(total, weights, limits)
     stages = []
     for epoch in range(sampling.curriculum_epochs + 1):
-        power = sampling.label_power * (epoch / sampling.curriculum_epochs if sampling.curriculum_epochs else 1)
+        power = sampling.label_power * (
+            epoch / sampling.curriculum_epochs if sampling.curriculum_epochs else 1
+        )
         parts = [
             class_shares(sizes[of_dataset == d], share, power, max_repeats)
             for d, share in zip(there, of_datasets, strict=True)
         ]
         stages.append(np.concatenate(parts))
-    names = [
-        ", ".join(filter(None, [datasets[s // len(classes)], classes[s % len(classes)]])) for s in stratum
-    ]
-    _announce(names or ["all"], sizes, stages, max_repeats, total)
+    pairs = [(datasets[s // len(classes)], classes[s % len(classes)]) for s in stratum]
+    names = [", ".join(filter(None, pair)) or "all" for pair in pairs]
+    _announce(names, sizes, stages, max_repeats, total)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     return WeightedDraws(rows[np.argsort(code, kind="stable")], offsets, np.stack(stages), seed)
 
@@ -251,14 +252,14 @@ def _key_of(name: str, keys: Sequence[str]) -> int:
     return -1
 
 
-def _classes(store: CellStore, rows: np.ndarray, sampling: Sampling) -> tuple[Sequence[str], np.ndarray]:
+def _classes(store: CellStore, rows: np.ndarray, sampling: Sampling) -> tuple[list[str], np.ndarray]:
     """The classes of the label, and int64 (n) the class of each cell."""
     if sampling.label_key is None:
         return [""], np.zeros(len(rows), dtype=np.int64)
     codes, names = obs_classes(
         store.obs.iloc[rows], sampling.label_key, "data.sampling.label_key", "to balance no label"
     )
-    return names, codes
+    return list(names), codes
 
 
 def _announce(
@@ -268,7 +269,13 @@ def _announce(
     shares, later = stages[-1], f" from epoch {len(stages)} on" if len(stages) > 1 else ""
     log.info("data.sampling: %s draws an epoch from %s cells%s:", f"{total:,}", f"{sizes.sum():,}", later)
     for k in np.argsort(-shares, kind="stable")[:SHOWN]:
-        log.info("  %s: %.0f draws of %s cells (%.3g each)", names[k] or "all", shares[k], f"{sizes[k]:,}", shares[k] / sizes[k])
+        log.info(
+            "  %s: %.0f draws of %s cells (%.3g each)",
+            names[k] or "all",
+            shares[k],
+            f"{sizes[k]:,}",
+            shares[k] / sizes[k],
+        )
     if len(names) > SHOWN:
         log.info("  and %s more.", f"{len(names) - SHOWN:,}")
     if capped := int((shares >= max_repeats * sizes * (1 - 1e-9)).sum()):
