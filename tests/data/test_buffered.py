@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scmodelforge.config import DataConfig
 from scmodelforge.data.buffered import BLOCK, BufferedShuffle, buffered_shuffle
 from scmodelforge.data.module import CellDataModule, training_order
-from scmodelforge.data.order import n_steps, permutation
-from scmodelforge.data.order import draw_key
+from scmodelforge.data.order import draw_key, n_steps, permutation
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
 from tests.data.files import NO_MINIMUM, make_adata

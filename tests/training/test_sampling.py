@@ -122,6 +122,7 @@ def test_a_run_goes_on_only_with_the_same_sampling(files: list[str], tmp_path: P
         ModelError, match=r"data\.sampling\.label_key: null in the config, cell_type in the run"
     ):
         train(config_of(files, tmp_path / "other"), resume=checkpoint)
+    other = SAMPLING | {"mixture": {"one.h5ad": 2, "*": 1}}
     with pytest.raises(
         ModelError, match=r"data\.sampling\.mixture\.one\.h5ad: 2\.0 in the config, 3\.0 in the run"
     ):

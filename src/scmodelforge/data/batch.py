@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 REPEAT = 2**40  # above the rows of any store
 
 

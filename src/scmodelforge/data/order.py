@@ -57,7 +57,7 @@ class Draws:
 
 
 @numba.njit(nogil=True, cache=True)
-def draw_key(seed: int, c0: int, c1: int, c2: int) -> np.uint64:
+def draw_key(seed: int | np.uint64, c0: int, c1: int, c2: int) -> np.uint64:
     """Return a key for `permutation`: a function of the seed and three words."""
     high, low, _, _ = philox_words(
         np.uint64(seed), np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(ORDER_STREAM)
