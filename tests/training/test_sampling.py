@@ -12,14 +12,15 @@ import pandas as pd
 import pytest
 import torch
 
-from scmodelforge.config import Config
-from scmodelforge.data.store import CellStore
+from scmodelforge.config import Config, DataConfig, Masking, Preprocessing, TokenizerConfig
+from scmodelforge.data.module import CellDataModule, training_order
+from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError, ModelError
 from scmodelforge.finetuning.run import finetune
 from scmodelforge.models.bundle import read_checkpoint
 from scmodelforge.training.callbacks import LastCheckpoint
 from scmodelforge.training.run import RunResult, train
-from tests.helpers import finetune_config, marker_cells, tiny_config
+from tests.helpers import finetune_config, make_vocab, marker_cells, masked_genes, rank_tokenizer, tiny_config
 
 N_DRAWS, STEPS = 200, 7  # an epoch, in batches of 30
 EPOCHS = 3
@@ -144,3 +145,20 @@ def test_fine_tuning_draws_by_weight_too(pretrained: RunResult, tmp_path: Path) 
     )
     assert read_checkpoint(result.checkpoint_dir / "last.ckpt")["global_step"] == 2 * 20
     assert result.metrics["val_macro_f1"] > 0.8
+
+
+def test_a_cell_that_comes_again_is_masked_in_another_way() -> None:
+    store = open_store([marker_cells(12)], make_vocab(40), DataConfig(min_gene_overlap=0))
+    order = training_order(store, np.arange(12), DataConfig(sampling={"cells_per_epoch": 24}), 3)
+    tokenizer = rank_tokenizer(TokenizerConfig(max_genes=32), Preprocessing(), make_vocab(40))
+    task = masked_genes(Masking(), make_vocab(40))
+
+    def make_batch(cells, epoch, batch_seed):
+        return cells.rows, task.corrupt(tokenizer(cells, 3, epoch), 3, epoch, batch_seed)
+
+    ((rows, batch),) = CellDataModule(store, order, np.arange(0), make_batch, 24, 3, 1).train_dataloader()
+    assert (np.bincount(rows) == 2).all()
+    hidden = batch.tokens.input_ids.numpy()
+    for row in range(12):
+        first, second = hidden[rows == row]
+        assert not np.array_equal(first, second)
