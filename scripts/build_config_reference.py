@@ -67,6 +67,8 @@ def _type(annotation: Any) -> str:
             return _type(arguments[0])
         case origin if origin is list:
             return "list of benchmarks" if _sections(annotation) else f"list of {_type(arguments[0])}"
+        case origin if origin is dict:
+            return f"{_type(arguments[1])} for each name"
         case origin if origin is tuple:
             return f"{len(arguments)} {_type(arguments[0])}s"
         case typing.Union | types.UnionType:

@@ -56,6 +56,57 @@ class Split(Section):
     )
 
 
+class Sampling(Section):
+    """Training cells drawn by weight instead of each once an epoch; the order stays a function of seed and epoch."""
+
+    label_key: str | None = Field(
+        None,
+        description="obs column whose classes are balanced (within each data set of mixture); null: none.",
+    )
+    label_power: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="A class comes in proportion to frequency ** (1 - label_power): 0 as it is, 1 all classes equally "
+        "often.",
+    )
+    curriculum_epochs: int = Field(
+        0, ge=0, description="Epochs over which label_power grows from 0; 0: it holds from the start."
+    )
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="Weights of data sets: share of the cells drawn, in proportion. A key is a file of data.paths, its "
+        "name, or a pattern; a file belongs to the first key that fits it, and '*' is all the others. null: as many "
+        "as there are.",
+    )
+    caps: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="Most cells an epoch of a data set, by its key in mixture; null: no cap."
+    )
+    max_repeats: float | None = Field(
+        None,
+        gt=0,
+        description="How often the cells of a class or data set may come in an epoch, on average; what that cuts is "
+        "given to the others. null: no cap.",
+    )
+    cells_per_epoch: int | None = Field(
+        None, ge=1, description="Cells drawn in an epoch; null: as many as train."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Sampling:
+        if self.label_key is None and self.mixture is None and self.cells_per_epoch is None:
+            raise ValueError(
+                "names no label_key, mixture or cells_per_epoch, so that nothing is sampled: name one, or set "
+                "data.sampling: null"
+            )
+        if nameless := sorted(set(self.caps or {}) - set(self.mixture or {})):
+            raise ValueError(
+                f"caps has {', '.join(nameless)}, which mixture has not: a cap needs a data set with a weight there"
+            )
+        return self
+
+
 class DataConfig(Section):
     """Where the cells come from, and how their genes meet the vocabulary."""
 
@@ -85,6 +136,15 @@ class DataConfig(Section):
     )
     preprocessing: Preprocessing = Field(default_factory=Preprocessing)
     split: Split = Field(default_factory=Split)
+    sampling: Sampling | None = Field(
+        None, description="Training cells drawn by label or data set; null: every cell once an epoch."
+    )
+    shuffle_buffer: int | None = Field(
+        None,
+        ge=1,
+        description="Cells that are mixed at a time, for sources that read single cells slowly: blocks of neighbouring "
+        "cells are shuffled, then the cells within the buffer. null: all cells at once, if the source can.",
+    )
 
 
 # --- tokenizer ------------------------------------------------------------------------------------

@@ -127,6 +127,9 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.preprocessing.target_sum", "data.preprocessing.normalize is none"
     if not data.split.val_split:
         yield "data.split.group_key", "data.split.val_split is 0"
+    if data.sampling is not None and data.sampling.label_key is None:
+        for key in ("label_power", "curriculum_epochs"):
+            yield f"data.sampling.{key}", "data.sampling.label_key is null"
 
 
 def _of_tokenizer(config: Config) -> Iterator[tuple[str, str]]:

@@ -10,10 +10,22 @@ if TYPE_CHECKING:
 
 def misfit(config: Config) -> str:
     """Say the first thing that does not fit together across sections; "" if all does."""
-    for rules in (_values, _causal, _autoencoder, _objective):
+    for rules in (_data, _values, _causal, _autoencoder, _objective):
         if problem := next((text for wrong, text in rules(config) if wrong), ""):
             return problem
     return ""
+
+
+def _data(config: Config) -> list[tuple[bool, str]]:
+    data = config.data
+    return [
+        (
+            data.sampling is not None and data.shuffle_buffer is not None,
+            "data.sampling draws cells from everywhere, and data.shuffle_buffer reads neighbours together: set "
+            "data.shuffle_buffer: null and make the files quick to read first (scmodelforge shard), or data.sampling: "
+            "null",
+        )
+    ]
 
 
 def _values(config: Config) -> list[tuple[bool, str]]:

@@ -32,6 +32,8 @@ SCFOUNDATION = {
     "model": {"architecture": "masked_autoencoder", "pretraining_task": "expression_reconstruction"},
 }
 
+MIXTURE = {"data": {"sampling": {"mixture": {"*": 1}}}}
+
 
 def with_key(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     head, _, rest = key.partition(".")
@@ -56,6 +58,8 @@ def named(tree: dict[str, Any]) -> list[str]:
         ({}, "data.preprocessing.log1p", True),
         ({"data": {"preprocessing": {"normalize": "none"}}}, "data.preprocessing.target_sum", 1e6),
         ({"data": {"split": {"val_split": 0}}}, "data.split.group_key", "donor"),
+        (MIXTURE, "data.sampling.label_power", 0.5),
+        (MIXTURE, "data.sampling.curriculum_epochs", 3),
         (SCGPT, "tokenizer.gene_medians", "none"),
         (SCGPT, "tokenizer.max_value", 30),
         (with_key(SCGPT, "tokenizer.prepend_cls", False), "tokenizer.cls_value", 1.0),
@@ -90,6 +94,7 @@ def test_a_key_without_effect_is_named(tree: dict[str, Any], key: str, value: An
     ("tree", "key", "value"),
     [
         ({}, "tokenizer.gene_medians", "none"),
+        (with_key(MIXTURE, "data.sampling.label_key", "donor"), "data.sampling.label_power", 0.5),
         ({}, "tokenizer.masking.mask_ratio", 0.3),
         ({}, "model.objective.gene_weight", 2.0),
         (SCGPT, "tokenizer.n_bins", 20),

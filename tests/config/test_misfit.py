@@ -39,3 +39,11 @@ def test_a_bin_or_scgpt_s_padding_value_may_be_that_of_cls(cls_value: float) -> 
     Config.model_validate(
         {"tokenizer": BINS | {"cls_value": cls_value}, "model": {"value_embedding": "category"}}
     )
+
+
+def test_cells_are_drawn_by_weight_or_in_stretches() -> None:
+    data = {"shuffle_buffer": 1000, "sampling": {"label_key": "cell_type"}}
+    with pytest.raises(ValidationError, match=r"data\.shuffle_buffer: null .*scmodelforge shard"):
+        Config.model_validate({"data": data})
+    Config.model_validate({"data": data | {"sampling": None}})
+    Config.model_validate({"data": data | {"shuffle_buffer": None}})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmodelforge.data.order import batch_rows, n_steps, permutation
+from scmodelforge.data.order import FEISTEL_ROUNDS, ORDER_STREAM, batch_rows, n_steps, permutation
 from scmodelforge.data.random import below, philox, uniform
 
 ONES = 0xFFFFFFFF
@@ -52,6 +52,54 @@ def test_uniform_and_below_cover_their_range():
     assert (below(bits[:4], np.array([1, 2, 3, 4])) < [1, 2, 3, 4]).all()
 
 
+def slow_permutation(positions: np.ndarray, n: int, key: int) -> np.ndarray:
+    """The Feistel network in plain whole numbers, one position after the other."""
+    bits = max(2, (n - 1).bit_length())
+    half = bits // 2
+    low_mask, high_mask = (1 << half) - 1, (1 << (bits - half)) - 1
+    first, second, _, _ = philox(key, np.arange(FEISTEL_ROUNDS), c3=ORDER_STREAM)
+    keys = [int(a) << 32 | int(b) for a, b in zip(first, second, strict=True)]
+
+    def mix(x: int, key: int) -> int:
+        x = (x + key) % 2**64
+        x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) % 2**64
+        x = ((x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53) % 2**64
+        return x ^ (x >> 33)
+
+    def network(x: int) -> int:
+        low, high = x & low_mask, x >> half
+        for first, second in zip(keys[::2], keys[1::2], strict=True):
+            low ^= mix(high, first) & low_mask
+            high ^= mix(low, second) & high_mask
+        return high << half | low
+
+    out = []
+    for x in positions.tolist():
+        x = network(x)
+        while x >= n:
+            x = network(x)
+        out.append(x)
+    return np.array(out, dtype=np.int64)
+
+
+@settings(deadline=None)
+@given(
+    n=st.one_of(st.integers(1, 300), st.integers(1, 10**12), st.just(2**62)),
+    key=st.integers(0, 2**64 - 1),
+    data=st.data(),
+)
+def test_the_compiled_permutation_is_the_slow_one(n, key, data):
+    positions = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=20)), dtype=np.int64)
+    np.testing.assert_array_equal(permutation(positions, n, key), slow_permutation(positions, n, key))
+
+
+def test_positions_of_any_shape_and_kind_are_permuted():
+    table = np.arange(12).reshape(3, 4)
+    np.testing.assert_array_equal(permutation(table.T, 12, 5), permutation(table, 12, 5).T)
+    np.testing.assert_array_equal(permutation(table.astype(np.int32), 12, 5), permutation(table, 12, 5))
+    assert permutation(np.array([], dtype=np.int64), 12, 5).shape == (0,)
+
+
 @settings(deadline=None)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permutation_is_a_bijection_that_can_be_asked_anywhere(n, key):
@@ -62,12 +110,14 @@ def test_permutation_is_a_bijection_that_can_be_asked_anywhere(n, key):
 
 
 @settings(deadline=None)
-@given(n=st.integers(10**9, 10**12), key=st.integers(0, 2**64 - 1))
-def test_permutation_of_a_trillion(n, key):
-    out = permutation(np.array([0, 1, 2, n - 2, n - 1]), n, key)
-    assert len(set(out.tolist())) == 5
+@given(n=st.integers(10**9, 10**12), key=st.integers(0, 2**64 - 2), start=st.integers(0, 10**9 - 2000))
+def test_permutation_of_a_trillion(n, key, start):
+    positions = np.concatenate([np.arange(start, start + 1000), n - 1 - np.arange(1000)])
+    out = permutation(positions, n, key)
+    assert len(np.unique(out)) == len(np.unique(positions))
     assert out.min() >= 0
     assert out.max() < n
+    assert not np.array_equal(out, permutation(positions, n, key + 1))
 
 
 def test_permutation_looks_random():
@@ -82,9 +132,10 @@ def test_permutation_looks_random():
     assert abs(seen - 2000 / 6).max() < 90, "each value at each place equally often"
 
 
-def test_permutation_refuses_positions_outside():
-    with pytest.raises(IndexError):
-        permutation(np.array([5]), 5, 0)
+@pytest.mark.parametrize("position", [5, -1])
+def test_permutation_refuses_positions_outside(position):
+    with pytest.raises(IndexError, match=r"\[0, 5\)"):
+        permutation(np.array([0, position]), 5, 0)
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+REPEAT = 2**40  # above the rows of any store
+
 
 class MeasuredGenes(NamedTuple):
     """Which genes of the vocabulary the files of some cells measured; of the others nothing is known, not even a zero.
@@ -40,7 +42,8 @@ class CellBatch:
     library_size
         float32 (n_cells): sum over **all** genes measured, also those outside the vocabulary.
     cell_index
-        int64 (n_cells): global row of each cell in the store.
+        int64 (n_cells): what tells draws apart, so that random decisions about each differ: the global row of the
+        cell in the store, and where weighted sampling repeats cells, 2**40 times the number of the repeat above it.
     obs
         int64 (n_cells, n_columns): category of each cell in each column of `GeneVocab.obs_categories`, counted
         from 1; 0 is unknown. None if the vocabulary has no such column.
@@ -60,6 +63,11 @@ class CellBatch:
     def n_cells(self) -> int:
         """Number of cells."""
         return len(self.indptr) - 1
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 (n_cells): global row of each cell in the store."""
+        return self.cell_index & (REPEAT - 1)
 
     @property
     def n_genes_per_cell(self) -> np.ndarray:

@@ -79,7 +79,13 @@ class Matrix:
         Shape of the matrix.
     storage
         How it is stored, for people: "CSR, float32, gzip".
+    shuffle_buffer, block_cells
+        Of a matrix that reads single cells slowly: how many to shuffle at a time, and how many neighbours to read
+        at once; None for any other.
     """
+
+    shuffle_buffer: int | None = None
+    block_cells: int | None = None
 
     def __init__(
         self,
@@ -170,6 +176,9 @@ class Matrix:
         if not all(map(_computable, block)):
             block = Rows(block.indptr, block.indices.astype(np.int32), block.data.astype(np.float32))
         return block, np.arange(len(rows))
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Take the hint that these rows will be read soon; a file on disk has no use for it."""
 
     def _take(self, rows: np.ndarray) -> Rows:
         try:

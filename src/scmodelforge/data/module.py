@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from lightning import LightningDataModule
 
-from scmodelforge.data.batch import CellBatch
+from scmodelforge.config import DataConfig
+from scmodelforge.data.batch import REPEAT, CellBatch
+from scmodelforge.data.buffered import BufferedShuffle, buffered_shuffle
 from scmodelforge.data.loader import BatchLoader
-from scmodelforge.data.order import batch_rows, n_steps
+from scmodelforge.data.order import GlobalShuffle, Order, batch_rows, n_steps
+from scmodelforge.data.sampling import weighted_draws
 from scmodelforge.data.store import CellStore
+from scmodelforge.errors import DataError
+
+log = logging.getLogger(__name__)
 
 VALIDATION_EPOCH = 2**32 - 1  # the "epoch" of validation batches, so their masks never change
+
+
+def training_order(store: CellStore, rows: np.ndarray, config: DataConfig, seed: int) -> Order:
+    """The order of the training cells `rows` (int64, ascending) that `sampling` and `shuffle_buffer` ask for.
+
+    Raises
+    ------
+    DataError
+        If cells are to be sampled by what they or the files do not have, or from a source that cannot.
+    """
+    buffer = config.shuffle_buffer or store.shuffle_buffer
+    if buffer is None:
+        sampled = config.sampling
+        return GlobalShuffle(rows, seed) if sampled is None else weighted_draws(store, rows, sampled, seed)
+    if config.sampling is not None:
+        raise DataError(
+            f"data.sampling draws cells from everywhere, and {', '.join(map(str, store.files[:3]))} is read in blocks "
+            "of neighbours, shuffled within a buffer.\nMake local shards of it first (scmodelforge shard) and train on "
+            "these, or set data.sampling: null."
+        )
+    order = buffered_shuffle(rows, seed, buffer, store.block_cells)
+    log.info(
+        "Cells are shuffled within buffers of %s, which blocks of %s neighbours fill (data.shuffle_buffer).",
+        f"{order.buffer:,}",
+        f"{order.block:,}",
+    )
+    return order
 
 
 class CellDataModule(LightningDataModule):
@@ -23,8 +59,10 @@ class CellDataModule(LightningDataModule):
     ----------
     store
         The cells.
-    train_rows, val_rows
-        int64: global rows that train and that validate.
+    order
+        The cells that train, by `training_order`.
+    val_rows
+        int64: global rows that validate.
     make_batch
         (cells, epoch, batch_seed) → what the model takes. Called in threads.
     batch_size
@@ -38,7 +76,7 @@ class CellDataModule(LightningDataModule):
     def __init__(
         self,
         store: CellStore,
-        train_rows: np.ndarray,
+        order: Order,
         val_rows: np.ndarray,
         make_batch: Callable[[CellBatch, int, int], Any],
         batch_size: int,
@@ -47,7 +85,7 @@ class CellDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.store = store
-        self.train_rows = train_rows
+        self.order = order
         self.val_rows = val_rows
         self.make_batch = make_batch
         self.batch_size = batch_size
@@ -59,29 +97,45 @@ class CellDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Training batches of each rank in an epoch."""
-        world = self.trainer.world_size if self.trainer else 1
-        return n_steps(len(self.train_rows), self.batch_size, world)
+        return n_steps(self.order.n_draws, self.batch_size, self._ranks()[1])
 
-    def _loader(self, rows: np.ndarray, shuffle: bool) -> BatchLoader[Any]:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _ranks(self) -> tuple[int, int]:
+        """Number of this process and of all."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-        def make(epoch: int, step: int) -> Any:
-            epoch = epoch if shuffle else VALIDATION_EPOCH
-            cells = batch_rows(rows, step, self.batch_size, self.seed, epoch, shuffle, rank, world)
-            batch_seed = int(np.random.SeedSequence([self.seed, epoch, step, rank]).generate_state(1)[0])
-            return self.make_batch(self.store.read(cells), epoch, batch_seed)
-
-        return BatchLoader(make, n_steps(len(rows), self.batch_size, world), self.threads)
+    def _make(self, cells: CellBatch, epoch: int, step: int, rank: int) -> Any:
+        batch_seed = int(np.random.SeedSequence([self.seed, epoch, step, rank]).generate_state(1)[0])
+        return self.make_batch(cells, epoch, batch_seed)
 
     def train_dataloader(self) -> BatchLoader[Any]:
-        """Training batches, shuffled by (seed, epoch), from where a resumed run stopped."""
-        self._train_loader = self._loader(self.train_rows, shuffle=True)
+        """Training batches, in the order of (seed, epoch), from where a resumed run stopped."""
+        rank, world = self._ranks()
+        announce = _Announcer(self.store, self.order) if isinstance(self.order, BufferedShuffle) else None
+
+        def make(epoch: int, step: int) -> Any:
+            if announce is not None:
+                announce(epoch, step, self.batch_size, rank, world)
+            draws = self.order.batch(epoch, step, self.batch_size, rank, world)
+            cells = self.store.read(draws.rows)
+            return self._make(
+                replace(cells, cell_index=draws.rows + draws.repeats * REPEAT), epoch, step, rank
+            )
+
+        self._train_loader = BatchLoader(make, self.steps_per_epoch, self.threads)
         self._train_loader.load_state_dict(self._start)
         return self._train_loader
 
     def val_dataloader(self) -> BatchLoader[Any] | list[None]:
         """Validation batches, in the order of the file; none where no cell validates."""
-        return self._loader(self.val_rows, shuffle=False) if len(self.val_rows) else []
+        if not len(self.val_rows):
+            return []
+        rank, world = self._ranks()
+
+        def make(_: int, step: int) -> Any:
+            rows = batch_rows(self.val_rows, step, self.batch_size, self.seed, 0, False, rank, world)
+            return self._make(self.store.read(rows), VALIDATION_EPOCH, step, rank)
+
+        return BatchLoader(make, n_steps(len(self.val_rows), self.batch_size, world), self.threads)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and step of the next training batch.
@@ -93,3 +147,23 @@ class CellDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Start where `state_dict` was taken."""
         self._start = state_dict
+
+
+class _Announcer:
+    """Tells the store, once a buffer, what is read now and what comes next."""
+
+    def __init__(self, store: CellStore, order: BufferedShuffle) -> None:
+        self.store, self.order = store, order
+        self.told = (-1, -1)  # epoch and number of the last buffer that the store knows of
+        self.lock = threading.Lock()
+
+    def __call__(self, epoch: int, step: int, batch_size: int, rank: int, world: int) -> None:
+        """Before a batch is read."""
+        number = self.order.buffer_of(step, batch_size, rank, world)
+        with self.lock:
+            new = [buffer for buffer in (number, number + 1) if (epoch, buffer) > self.told]
+            self.told = (epoch, new[-1]) if new else self.told
+        for buffer in new:
+            rows = self.order.buffer_rows(epoch, buffer, rank, world)
+            if len(rows):
+                self.store.prefetch(rows)

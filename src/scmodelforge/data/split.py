@@ -81,21 +81,34 @@ def _single_cells(n_cells: int, share: float, seed: int, labels: np.ndarray | No
     return held_out
 
 
-def _groups(obs: pd.DataFrame, key: str) -> np.ndarray:
-    """Return the group of each cell as codes, groups in the order of their names."""
+def obs_classes(obs: pd.DataFrame, key: str, setting: str, instead: str) -> tuple[np.ndarray, pd.Index]:
+    """Return the class of each cell in an obs column as codes (int64), and the names, sorted.
+
+    `setting` is the config key that names the column, and `instead` what happens without it ("to split by cell").
+
+    Raises
+    ------
+    DataError
+        If there is no such column, or a cell has no value in it.
+    """
     if key not in obs.columns:
         near = difflib.get_close_matches(key, map(str, obs.columns), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
         raise DataError(
-            f"data.split.group_key is '{key}', but obs has no such column.{hint}\n"
+            f"{setting} is '{key}', but obs has no such column.{hint}\n"
             f"Columns of obs: {', '.join(map(str, obs.columns)) or 'none'}."
         )
     if missing := int(obs[key].isna().sum()):
         raise DataError(
-            f"obs['{key}'] (data.split.group_key) has no value for {missing:,} of {len(obs):,} cells.\n"
-            "Fill them in, remove these cells, or set data.split.group_key: null to split by cell."
+            f"obs['{key}'] ({setting}) has no value for {missing:,} of {len(obs):,} cells.\n"
+            f"Fill them in, remove these cells, or set {setting}: null {instead}."
         )
-    codes, names = pd.factorize(obs[key].astype(str), sort=True)
+    return pd.factorize(obs[key].astype(str), sort=True)
+
+
+def _groups(obs: pd.DataFrame, key: str) -> np.ndarray:
+    """Return the group of each cell as codes, groups in the order of their names."""
+    codes, names = obs_classes(obs, key, "data.split.group_key", "to split by cell")
     if len(names) < 2:
         raise DataError(
             f"obs['{key}'] (data.split.group_key) has only the group '{names[0]}'; at least two are needed.\n"

@@ -138,6 +138,22 @@ class CellStore:
             return mapped[0], matrix.library_size[rows]
         return mapped
 
+    @property
+    def shuffle_buffer(self) -> int | None:
+        """Cells to shuffle at a time if a matrix cannot be read at random: the largest wish; None if all can."""
+        return max((m.shuffle_buffer for m in self.matrices if m.shuffle_buffer), default=None)
+
+    @property
+    def block_cells(self) -> int | None:
+        """Neighbouring cells that a slow matrix reads at once: the largest number; None if none is slow."""
+        return max((m.block_cells for m in self.matrices if m.block_cells), default=None)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Say which rows (int64) will be read soon; returns at once, and a matrix may fetch them in the background."""
+        file_of_row = np.searchsorted(self.offsets, rows, side="right") - 1
+        for file in np.unique(file_of_row):
+            self.matrices[file].prefetch(rows[file_of_row == file] - self.offsets[file])
+
     def gene_report(self) -> pd.DataFrame:
         """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`."""
         tables = (match.table.assign(file=file) for file, match in zip(self.files, self.matches, strict=True))

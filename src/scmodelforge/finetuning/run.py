@@ -147,7 +147,7 @@ def finetune(
 
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
             tokens = tokenizer(cells, seed, epoch)
-            wanted = torch.from_numpy(values[cells.cell_index])
+            wanted = torch.from_numpy(values[cells.rows])
             return LabelledBatch(tokens, wanted, int(tokens.lengths.sum()), batch_seed)
 
         is_classification = labels.task == "classification"

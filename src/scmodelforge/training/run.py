@@ -15,7 +15,7 @@ from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
 from scmodelforge.data.batch import CellBatch
-from scmodelforge.data.module import CellDataModule
+from scmodelforge.data.module import CellDataModule, training_order
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.files import atomic_path
 from scmodelforge.genes.embeddings import read_gene_embeddings
@@ -227,6 +227,7 @@ def fit(
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
+    order = training_order(prepared.store, prepared.train_rows, bundle.config.data, training.seed)
     if checkpoint is None:
         prepared.read_through()
     module.description |= {
@@ -237,7 +238,7 @@ def fit(
     }
     cells = CellDataModule(
         prepared.store,
-        prepared.train_rows,
+        order,
         prepared.val_rows,
         make_batch,
         training.batch_size,
@@ -337,10 +338,10 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     had = _flat(had_config.model_dump(mode="json"))
     sections = ("data.", "tokenizer.", "model.", *(("finetune.",) if fine_tuned else ()))
     problems = [
-        f"{key}: {plain_value(asked[key])} in the config, {plain_value(had.get(key))} in the run"
-        for key in asked
+        f"{key}: {plain_value(asked.get(key))} in the config, {plain_value(had.get(key))} in the run"
+        for key in asked | had  # a section that only one of them has is no key of the other
         if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
-        and asked[key] != had.get(key)
+        and asked.get(key) != had.get(key)
     ]
     devices = accelerator(config.training)[1]
     if devices != plain["devices"]:
