@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from scmodelforge.config import Config
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.module import CellDataModule
+from scmodelforge.data.order import GlobalShuffle
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
 from scmodelforge.models.objectives import build_objective
@@ -29,7 +31,7 @@ def test_batches_come_in_order_however_long_each_takes(threads: int) -> None:
     assert list(loader) == [(1, step) for step in range(20)]
 
 
-def training_batches(threads: int, strategy: str, task: str) -> list[list[torch.Tensor]]:
+def loader_of(threads: int, strategy: str, task: str) -> BatchLoader:
     config = Config.model_validate(
         {"tokenizer": {"strategy": strategy, "max_genes": 20}, "model": {"pretraining_task": task}}
     )
@@ -40,8 +42,13 @@ def training_batches(threads: int, strategy: str, task: str) -> list[list[torch.
         return objective.corrupt(tokenizer(cells, 7, epoch), 7, epoch, batch_seed)
 
     store = open_store([marker_cells(90)], vocab, config.data)
-    module = CellDataModule(store, range(90), range(0), make, batch_size=8, seed=7, threads=threads)
-    loader = module.train_dataloader()
+    order = GlobalShuffle(np.arange(90), seed=7)
+    module = CellDataModule(store, order, np.arange(0), make, batch_size=8, seed=7, threads=threads)
+    return module.train_dataloader()
+
+
+def training_batches(threads: int, strategy: str, task: str) -> list[list[torch.Tensor]]:
+    loader = loader_of(threads, strategy, task)
     return [
         [batch.tokens.input_ids, batch.tokens.values, batch.tokens.cell_index, batch.asked]
         for _ in range(2)
@@ -101,3 +108,10 @@ def test_a_loader_goes_on_where_its_state_was_taken() -> None:
     second.load_state_dict(first.state_dict())
     assert taken + list(second) == [(0, step) for step in range(7)]
     assert second.state_dict() == {"epoch": 1, "step": 0}
+
+
+def test_a_batch_moves_with_all_that_it_holds() -> None:
+    batch = next(iter(loader_of(1, "rank_value", "masked_gene_prediction")))
+    moved = batch.to("meta")
+    assert moved.asked.device.type == moved.tokens.input_ids.device.type == "meta"
+    assert moved.n_tokens == batch.n_tokens

@@ -105,7 +105,9 @@ class CellDataModule(LightningDataModule):
 
     def _make(self, cells: CellBatch, epoch: int, step: int, rank: int) -> Any:
         batch_seed = int(np.random.SeedSequence([self.seed, epoch, step, rank]).generate_state(1)[0])
-        return self.make_batch(cells, epoch, batch_seed)
+        batch = self.make_batch(cells, epoch, batch_seed)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return batch.pin_memory() if on_gpu else batch
 
     def train_dataloader(self) -> BatchLoader[Any]:
         """Training batches, in the order of (seed, epoch), from where a resumed run stopped."""

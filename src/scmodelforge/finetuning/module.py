@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -10,13 +10,13 @@ from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from scmodelforge.models.bundle import Labels, ModelBundle
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.batch import DeviceBatch, TokenBatch
 from scmodelforge.training.module import TrainingModule
 from scmodelforge.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(DeviceBatch):
     """Tokens with the label of each cell.
 
     Attributes
@@ -35,14 +35,6 @@ class LabelledBatch:
     targets: torch.Tensor
     n_tokens: int
     seed: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
-        """Copy to a device."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-        )
 
 
 def validation_metrics(labels: Labels) -> MetricCollection:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,8 +12,27 @@ import torch
 from scmodelforge.data.batch import MeasuredGenes
 
 
+class DeviceBatch:
+    """A frozen dataclass of tensors, and of such batches, that moves to a device as one."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Copy to a device."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy into pinned memory (torch keeps and reuses it), from which a GPU takes it while it computes."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        changed = {
+            name: change(part) for name, part in parts.items() if isinstance(part, torch.Tensor | DeviceBatch)
+        }
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(DeviceBatch):
     """Token sequences of some cells.
 
     Attributes
@@ -60,19 +80,6 @@ class TokenBatch:
         """bool (n_cells, length): True at real tokens. Position 0 of an empty cell counts as real."""
         positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return positions < self.lengths.clamp(min=1)[:, None]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        """Copy to a device."""
-        return replace(self, **tensors_to(self, device, non_blocking))
-
-
-def tensors_to(batch: object, device: torch.device | str, non_blocking: bool = False) -> dict[str, Any]:
-    """Return the fields of a batch that live on a device (tensors and batches), copied there."""
-    return {
-        field.name: value.to(device, non_blocking=non_blocking)
-        for field in fields(batch)  # type: ignore[arg-type]
-        if isinstance(value := getattr(batch, field.name), torch.Tensor | TokenBatch)
-    }
 
 
 def keep_tokens(tokens: TokenBatch, kept: np.ndarray, pad_id: int) -> TokenBatch:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.tokenizers.batch import TokenBatch, tensors_to
+from scmodelforge.tokenizers.batch import DeviceBatch, TokenBatch
 
 
 @dataclass(frozen=True)
-class TrainingBatch:
+class TrainingBatch(DeviceBatch):
     """Corrupted tokens and the questions about them.
 
     Attributes
@@ -48,10 +48,6 @@ class TrainingBatch:
         """int64 (m): row in the batch of each asked position."""
         length = self.tokens.input_ids.shape[1] if self.queries is None else self.queries.shape[1]
         return self.asked // length
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
-        """Copy to a device."""
-        return replace(self, **tensors_to(self, device, non_blocking))
 
 
 @dataclass(frozen=True)
