@@ -69,6 +69,8 @@ def _type(annotation: Any) -> str:
             return "list of benchmarks" if _sections(annotation) else f"list of {_type(arguments[0])}"
         case origin if origin is tuple:
             return f"{len(arguments)} {_type(arguments[0])}s"
+        case origin if origin is dict:
+            return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
         case typing.Union | types.UnionType:
             return " or ".join(_type(part) for part in arguments)
     return "section" if _sections(annotation) else NAMES[annotation]
