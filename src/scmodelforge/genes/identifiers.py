@@ -181,21 +181,22 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
             "another species or your own, set data.gene_vocab: from_data."
         )
     kind = "Ensembl ids" if found.kind == "ensembl" else "symbols"
-    known_as = f"are known {species} genes (by {kind} in {_place(found.column)})"
+    n_known, by = f"{found.n_matched:,} of {len(var):,}", f"by {kind} in {_place(found.column)}"
     if match.species and match.species != species:
-        return f"{found.n_matched:,} of {len(var):,} genes {known_as}; data.species says {match.species}: correct it."
+        return f"{n_known} genes are known {species} genes ({by}); data.species says {match.species}: correct it."
     if not match.species and vocab.species in SPECIES and vocab.species != species:
         return (
-            f"The genes look like {species} ({found.n_matched:,} of {len(var):,} are known {species} genes, "
-            f"by {kind} in {_place(found.column)}), but the vocabulary '{vocab.name}' is {vocab.species}: "
-            f"set data.gene_vocab: {species}_protein_coding. Or keep the {vocab.species} genes, as a trained model "
-            f"must, and set data.species: {species}, so that one-to-one orthologs stand for them."
+            f"The genes look like {species} ({n_known} are known {species} genes, {by}), but the vocabulary "
+            f"'{vocab.name}' is {vocab.species}: set data.gene_vocab: {species}_protein_coding. Or keep the "
+            f"{vocab.species} genes, as a trained model must, and set data.species: {species}, so that one-to-one "
+            "orthologs stand for them."
         )
-    them, better = ("them", species) if not match.species else ("their orthologs", vocab.species)
+    carried = match.species and vocab.species in SPECIES
     return (
-        f"{found.n_matched:,} of {len(var):,} genes {known_as}, but the vocabulary '{vocab.name}' has only "
-        f"{match.n_genes:,} of {them}: with {vocab.n_genes:,} genes it is too small, or made for other data. Set "
-        f"data.gene_vocab: {better if better in SPECIES else species}_protein_coding or from_data. {TRAINED}"
+        f"{n_known} genes are known {species} genes ({by}), but the vocabulary '{vocab.name}' has only "
+        f"{match.n_genes:,} of {'their orthologs' if carried else 'them'}: with {vocab.n_genes:,} genes it is too "
+        f"small, or made for other data. Set data.gene_vocab: {vocab.species if carried else species}_protein_coding "
+        f"or from_data. {TRAINED}"
     )
 
 
