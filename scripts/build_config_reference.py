@@ -71,6 +71,8 @@ def _type(annotation: Any) -> str:
             return f"{_type(arguments[1])} for each name"
         case origin if origin is tuple:
             return f"{len(arguments)} {_type(arguments[0])}s"
+        case origin if origin is dict:
+            return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
         case typing.Union | types.UnionType:
             return " or ".join(_type(part) for part in arguments)
     return "section" if _sections(annotation) else NAMES[annotation]

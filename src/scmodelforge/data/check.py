@@ -17,6 +17,7 @@ from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
 from scmodelforge.data.preprocess import QUANTILES
+from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.state import locate, matrix_state
 from scmodelforge.data.store import missing_obs_column, to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
@@ -126,7 +127,8 @@ def check(source: Source, config: DataConfig | None = None, obs_columns: Sequenc
     """
     config = config or DataConfig()
     matrix = open_matrix(source, config.layer)
-    vocab = resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column)
+    species = species_of_matrices([matrix], config)
+    vocab = resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column, species)
     report = check_data(source, vocab, config)
     if problem := missing_obs_column(matrix.obs, obs_columns):
         report.problems.append(problem)
@@ -143,7 +145,7 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
     vocab
         The vocabulary to train with.
     config
-        `layer`, `gene_column` and `min_gene_overlap` are read.
+        `layer`, `gene_column`, `species` and `min_gene_overlap` are read.
 
     Raises
     ------
@@ -151,7 +153,7 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         If the file cannot be read, or the layer or gene column does not exist.
     """
     matrix = open_matrix(source, config.layer)
-    match = match_genes(matrix.var, vocab, config.gene_column)
+    match = match_genes(matrix.var, vocab, config.gene_column, species_of_matrices([matrix], config)[0])
     matrices = [matrix] + [open_matrix(source, p) for p in matrix_places(source) if p != config.layer]
     states = {each.place: matrix_state(each) for each in matrices}
     counted = [each.layer for each in matrices if states[each.place].kind == "counts"]

@@ -109,6 +109,10 @@ class CellDataModule(LightningDataModule):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch.pin_memory() if on_gpu else batch
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Copy without waiting: batches lie in pinned memory where there is a GPU."""
+        return batch.to(device, non_blocking=True)
+
     def train_dataloader(self) -> BatchLoader[Any]:
         """Training batches, in the order of (seed, epoch), from where a resumed run stopped."""
         rank, world = self._ranks()

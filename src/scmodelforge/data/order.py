@@ -60,7 +60,7 @@ class Draws:
 def draw_key(seed: int | np.uint64, c0: int, c1: int, c2: int) -> np.uint64:
     """Return a key for `permutation`: a function of the seed and three words."""
     high, low, _, _ = philox_words(
-        np.uint64(seed), np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(ORDER_STREAM)
+        np.uint64(seed), np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(ORDER_STREAM)
     )
     return (np.uint64(high) << WORD) | np.uint64(low)
 

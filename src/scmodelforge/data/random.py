@@ -64,6 +64,15 @@ def _rounds(
 
 
 @numba.njit(nogil=True, cache=True)
+def philox_words(
+    key: np.uint64, c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64
+) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+    """As `philox` for one counter, within compiled code; all are uint64, and but for the key below 2**32."""
+    word0, word1, word2, word3 = _rounds(key, c0, c1, c2, c3)
+    return np.uint32(word0), np.uint32(word1), np.uint32(word2), np.uint32(word3)
+
+
+@numba.njit(nogil=True, cache=True)
 def philox_fill(
     key: np.uint64, c0: np.uint64, c1: np.uint64, c2: np.ndarray, c3: np.uint64, out: np.ndarray
 ) -> None:

@@ -30,6 +30,7 @@ import pandas as pd
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data.h5ad import LIBRARY_SIZE
+from scmodelforge.data.species import named_species
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
@@ -65,7 +66,8 @@ class ShardRecord:
     vocabulary
         Fingerprint of the gene vocabulary.
     settings
-        What else shaped it: where the counts were, which obs columns were kept.
+        What else shaped it: where the counts were, which obs columns were kept, the species of the source where it
+        was given.
     """
 
     name: str
@@ -98,7 +100,7 @@ def write_shards(
     vocab
         The vocabulary to align to.
     config
-        `layer`, `gene_column` and `min_gene_overlap` are read.
+        `layer`, `gene_column`, `species` and `min_gene_overlap` are read.
     obs_columns
         Columns of obs to keep; None: all.
     cells_per_shard
@@ -123,8 +125,15 @@ def write_shards(
     _require_same_kind(folder, vocab, settings)
     names = _shard_names(paths)
     jobs = [
-        (str(path), name, vocab, config, str(folder), settings)
-        for path, name in zip(paths, names, strict=True)
+        (
+            str(path),
+            name,
+            vocab,
+            config.model_copy(update={"species": species}),
+            str(folder),
+            settings | {"species": species},
+        )
+        for path, name, species in zip(paths, names, named_species(paths, config), strict=True)
     ]
     if processes > 1 and len(jobs) > 1:
         spawn = multiprocessing.get_context("spawn")  # forked threads of HDF5 and torch may hang
@@ -195,7 +204,10 @@ def _require_same_kind(folder: Path, vocab: GeneVocab, settings: dict[str, Any])
     for path in sorted(folder.glob("*.h5ad.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         what = "gene vocabulary" if record["vocabulary"] != vocab.fingerprint else "settings"
-        if record["vocabulary"] != vocab.fingerprint or record["settings"] != settings:
+        made = {
+            name: value for name, value in record["settings"].items() if name != "species"
+        }  # each file's own
+        if record["vocabulary"] != vocab.fingerprint or made != settings:
             raise DataError(
                 f"'{folder}' holds shards of another kind: '{record['name']}' was made with other {what}.\n"
                 "Choose another output folder, or delete this one."
@@ -227,7 +239,7 @@ def _convert_file(
     size = settings["cells_per_shard"]
     for part, first in enumerate(range(0, store.n_cells, size)):
         target = Path(folder) / f"{stem}-{part:05d}.h5ad"
-        record = _finished(target, source_sha256)
+        record = _finished(target, source_sha256, settings)
         if record is None:
             rows = np.arange(first, min(first + size, store.n_cells))
             n_entries = _write_shard(target, store, rows, obs.iloc[rows])
@@ -253,12 +265,13 @@ def _record_of(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.json")
 
 
-def _finished(target: Path, source_sha256: str) -> ShardRecord | None:
-    """The record of a shard that is whole and of this source; None if it must be made."""
+def _finished(target: Path, source_sha256: str, settings: dict[str, Any]) -> ShardRecord | None:
+    """The record of a shard that is whole and of this source and species; None if it must be made."""
     if not _record_of(target).is_file() or not target.is_file():
         return None
     record = ShardRecord(**json.loads(_record_of(target).read_text(encoding="utf-8")))
     whole = record.n_bytes == target.stat().st_size and record.source_sha256 == source_sha256
+    whole = whole and record.settings.get("species") == settings["species"]
     return record if whole else None
 
 

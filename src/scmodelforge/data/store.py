@@ -18,6 +18,7 @@ from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch, MeasuredGenes
 from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
 from scmodelforge.data.kernels import cells_to_vocabulary
+from scmodelforge.data.species import species_of_matrices
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
 from scmodelforge.genes.tables import SPECIES
@@ -197,7 +198,7 @@ def open_store(
     vocab
         The vocabulary to align to.
     config
-        `layer`, `gene_column` and `min_gene_overlap` are read.
+        `layer`, `gene_column`, `species` and `min_gene_overlap` are read.
     require_counts
         Refuse matrices that do not look like raw counts.
     selected_genes
@@ -207,6 +208,8 @@ def open_store(
 
     Raises
     ------
+    ConfigError
+        If `data.species` names a file that is not there.
     DataError
         If a file cannot be read, does not hold raw counts (as a sample of its cells shows), or less than
         `min_gene_overlap` of its counts is on genes of the vocabulary.
@@ -215,7 +218,10 @@ def open_store(
         raise DataError("There are no cells: no data file is given (data.paths).")
     cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * len(sources)))
     matrices = [open_matrix(source, config.layer, cache) for source in sources]
-    matches = [match_genes(matrix.var, vocab, config.gene_column) for matrix in matrices]
+    matches = [
+        match_genes(matrix.var, vocab, config.gene_column, species)
+        for matrix, species in zip(matrices, species_of_matrices(matrices, config), strict=True)
+    ]
     store = CellStore(matrices, matches, vocab)
     for matrix, match in zip(matrices, matches, strict=True):
         sample = state.sample_matrix(matrix, match)
@@ -223,7 +229,7 @@ def open_store(
             state.require_counts(matrix, sample.state)
         share, what = sample.share, "of its counts are on genes of the vocabulary"
         if selected_genes and match.n_genes and vocab.species in SPECIES:
-            known = match_species(matrix.var, vocab.species, config.gene_column)
+            known = match_species(matrix.var, match.species or vocab.species, config.gene_column)
             share = state.sample_matrix(matrix, known).share
         elif selected_genes and match.n_genes:
             share, what = match.n_genes / vocab.n_genes, "is in it of the genes of the vocabulary"

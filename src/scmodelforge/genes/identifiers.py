@@ -10,7 +10,7 @@ names, since Ensembl retires ids (CCL5 and SOD2 had others in 2014) and some too
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,8 @@ import pandas as pd
 
 from scmodelforge.errors import DataError
 from scmodelforge.genes.names import Reference, recognise, reference_of, reference_of_species
-from scmodelforge.genes.tables import SPECIES
+from scmodelforge.genes.orthologs import orthologs_of
+from scmodelforge.genes.tables import SPECIES, known_genes
 
 if TYPE_CHECKING:
     from scmodelforge.genes.vocab import GeneVocab
@@ -55,16 +56,22 @@ class GeneMatch:
         int32 (n_var): row of the vocabulary, or -1.
     table
         One row per var entry: `var_name`, `used` (the name that was looked up), `gene_id` and `symbol` of the
-        gene recognised ("" if none), and `reason`. Reasons of a match: "Ensembl id", "symbol", "previous
+        gene recognised ("" if none), `ortholog` (id of the gene of the vocabulary's species that stands for
+        it, "" if it needs or has none), and `reason`. Reasons of a match: "Ensembl id", "symbol", "previous
         symbol", "repaired name", "other case", "own name" (the vocabulary's own, neither of these). Reasons
-        against: "not in the vocabulary: BIOTYPE", "ambiguous symbol", "unknown Ensembl id", "unknown name",
-        "no name", and "not measured" for a gene that a shard has a column for and its source had not.
+        against: "not in the vocabulary: BIOTYPE", "no one-to-one ortholog", "ambiguous symbol", "unknown
+        Ensembl id", "unknown name", "no name", and "not measured" for a gene that a shard has a column for and
+        its source had not.
+    species
+        Where the genes are of another species than the vocabulary, and meet it through orthologs: that
+        species; else None.
     """
 
     column: str
     kind: str
     gene_index: np.ndarray
     table: pd.DataFrame
+    species: str | None = None
 
     @property
     def n_columns(self) -> int:
@@ -100,6 +107,8 @@ class GeneMatch:
         against = against.drop(NOT_MEASURED, errors="ignore")
         main = "Ensembl id" if self.kind == "ensembl" else "symbol"
         text = f"matched {self.n_matched:,} of {self.n_columns:,} genes by {main} in {_place(self.column)}"
+        if self.species:
+            text += f" through one-to-one orthologs of {self.species}"
         if len(extra := how.drop(main, errors="ignore")):
             text += f" ({_counts(extra)})"
         if len(against):
@@ -111,7 +120,9 @@ class GeneMatch:
         return text
 
 
-def match_genes(var: pd.DataFrame, vocab: GeneVocab, column: str | None = None) -> GeneMatch:
+def match_genes(
+    var: pd.DataFrame, vocab: GeneVocab, column: str | None = None, species: str | None = None
+) -> GeneMatch:
     """Find the vocabulary gene of each row of `var`.
 
     Parameters
@@ -124,18 +135,39 @@ def match_genes(var: pd.DataFrame, vocab: GeneVocab, column: str | None = None) 
         Column with Ensembl ids or symbols, "index" for var_names; nothing else is read then. By default the
         index and all text columns are tried: the one that finds most vocabulary genes is taken, or Ensembl
         ids if they find nearly as many, and names that it leaves unknown are looked up in the others.
+    species
+        Whose genes these are, "human" or "mouse". If it is not the vocabulary's, they are recognised among all
+        genes of their own species, then looked up in the vocabulary, as they are or by one-to-one orthologs.
+        None: the vocabulary's.
 
     Raises
     ------
     DataError
         If `column` does not exist, or a shard does not say which genes were measured.
     """
-    return _match(var, reference_of(vocab), column)
+    if species is None or species == vocab.species:
+        return _match(var, reference_of(vocab), column)
+    return _through_orthologs(match_species(var, species, column), vocab, species)
 
 
 def match_species(var: pd.DataFrame, species: str, column: str | None = None) -> GeneMatch:
     """Find each row of `var` among all genes of `load_table(species)`, as `match_genes` does."""
     return _match(var, reference_of_species(species), column)
+
+
+def _through_orthologs(match: GeneMatch, vocab: GeneVocab, species: str) -> GeneMatch:
+    """`match`, which is to the genes of `species`, carried over to a vocabulary."""
+    table, in_vocab = match.table, pd.Index(vocab.gene_ids)
+    ids = table.gene_id.where(table.reason != NOT_MEASURED, "").to_numpy(object)
+    own = in_vocab.get_indexer(pd.Index(ids))  # a vocabulary may have genes of both species
+    orthologs = np.where(own >= 0, "", orthologs_of(ids, species))
+    gene_index = np.where(own >= 0, own, in_vocab.get_indexer(pd.Index(orthologs))).astype(np.int32)
+    reasons = table.reason.to_numpy(object).copy()
+    reasons[(ids != "") & (orthologs == "") & (own < 0)] = "no one-to-one ortholog"
+    outside = (orthologs != "") & (gene_index < 0)
+    reasons[outside] = "not in the vocabulary: " + known_genes().biotype.loc[orthologs[outside]].to_numpy()
+    table = table.assign(ortholog=orthologs, reason=reasons)
+    return replace(match, gene_index=gene_index, table=table, species=species)
 
 
 def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
@@ -149,7 +181,9 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
         What it was called with.
     """
     var = var[measured_columns(var)]
-    if (free := match_genes(var, vocab)).n_genes > max(2 * match.n_genes, 0.1 * len(var)):
+    if (free := match_genes(var, vocab, species=match.species)).n_genes > max(
+        2 * match.n_genes, 0.1 * len(var)
+    ):
         return (
             f"{_place(match.column)} matches {match.n_genes:,} genes, but {_place(free.column)} matches "
             f"{free.n_genes:,}: set data.gene_column: {free.column}, or leave it out."
@@ -165,17 +199,22 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
             "another species or your own, set data.gene_vocab: from_data."
         )
     kind = "Ensembl ids" if found.kind == "ensembl" else "symbols"
-    if vocab.species in SPECIES and vocab.species != species:
+    n_known, by = f"{found.n_matched:,} of {len(var):,}", f"by {kind} in {_place(found.column)}"
+    if match.species and match.species != species:
+        return f"{n_known} genes are known {species} genes ({by}); data.species says {match.species}: correct it."
+    if not match.species and vocab.species in SPECIES and vocab.species != species:
         return (
-            f"The genes look like {species} ({found.n_matched:,} of {len(var):,} are known {species} genes, "
-            f"by {kind} in {_place(found.column)}), but the vocabulary '{vocab.name}' is {vocab.species}: "
-            f"set data.gene_vocab: {species}_protein_coding. {TRAINED}"
+            f"The genes look like {species} ({n_known} are known {species} genes, {by}), but the vocabulary "
+            f"'{vocab.name}' is {vocab.species}: set data.gene_vocab: {species}_protein_coding. Or keep the "
+            f"{vocab.species} genes, as a trained model must, and set data.species: {species}, so that one-to-one "
+            "orthologs stand for them."
         )
+    carried = match.species and vocab.species in SPECIES
     return (
-        f"{found.n_matched:,} of {len(var):,} genes are known {species} genes (by {kind} in "
-        f"{_place(found.column)}), but the vocabulary '{vocab.name}' has only {match.n_genes:,} of them: "
-        f"with {vocab.n_genes:,} genes it is too small, or made for other data. Set data.gene_vocab: "
-        f"{species}_protein_coding or from_data. {TRAINED}"
+        f"{n_known} genes are known {species} genes ({by}), but the vocabulary '{vocab.name}' has only "
+        f"{match.n_genes:,} of {'their orthologs' if carried else 'them'}: with {vocab.n_genes:,} genes it is too "
+        f"small, or made for other data. Set data.gene_vocab: {vocab.species if carried else species}_protein_coding "
+        f"or from_data. {TRAINED}"
     )
 
 
@@ -283,6 +322,7 @@ def _match(var: pd.DataFrame, reference: Reference, column: str | None) -> GeneM
             "used": used,
             "gene_id": np.where(found, genes.gene_id.to_numpy()[rows], ""),
             "symbol": np.where(found, genes.symbol.to_numpy()[rows], ""),
+            "ortholog": "",
             "reason": reasons,
         }
     )

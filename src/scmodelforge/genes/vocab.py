@@ -23,10 +23,9 @@ import pyarrow.parquet as pq
 
 from scmodelforge.errors import ConfigError, DataError, ModelError
 from scmodelforge.files import atomic_path
-from scmodelforge.genes.identifiers import NOT_MEASURED, match_species
-from scmodelforge.genes.names import clean_ensembl_ids
+from scmodelforge.genes.from_data import genes_of_files
 from scmodelforge.genes.reading import read_gene_table
-from scmodelforge.genes.tables import ID_PREFIX, SPECIES, known_genes, load_table
+from scmodelforge.genes.tables import SPECIES, known_genes, load_table, species_of
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +302,10 @@ def predefined(name: str) -> GeneVocab:
 
 
 def resolve_vocab(
-    gene_vocab: str, var_frames: Sequence[pd.DataFrame] = (), column: str | None = None
+    gene_vocab: str,
+    var_frames: Sequence[pd.DataFrame] = (),
+    column: str | None = None,
+    species: Sequence[str | None] = (),
 ) -> GeneVocab:
     """Return the vocabulary that `data.gene_vocab` names.
 
@@ -316,6 +318,9 @@ def resolve_vocab(
         human or mouse table knows gets its Ensembl id, any other keeps its name.
     column
         `data.gene_column`: the column of var to read, by default found for each file.
+    species
+        Of each file, as `data.species` says, None where it says nothing (default: nowhere). From files of two
+        species come the genes of one, and those of the other that have a one-to-one ortholog as that.
 
     Raises
     ------
@@ -327,7 +332,9 @@ def resolve_vocab(
     if gene_vocab in PREDEFINED:
         return predefined(gene_vocab)
     if gene_vocab == "from_data":
-        return _from_data(var_frames, column)
+        genes, found_species = genes_of_files(var_frames, column, species or [None] * len(var_frames))
+        ids, symbols, biotypes = (genes[name].to_numpy(object) for name in ("gene_id", "symbol", "biotype"))
+        return GeneVocab(ids, symbols, biotypes, found_species, name="from_data")
     if not Path(gene_vocab).is_file():
         raise ConfigError(_unknown(gene_vocab))
     return GeneVocab.load(gene_vocab)
@@ -366,44 +373,6 @@ def read_medians(path: str | Path, vocab: GeneVocab) -> np.ndarray:
     if n_outside := int((rows < 0).sum()):
         logger.info(f"{path}: {n_outside:,} genes are not in the vocabulary '{vocab.name}'")
     return medians
-
-
-def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVocab:
-    """Union of the genes of several var, canonical where the tables know them."""
-    if not var_frames:
-        raise ConfigError(
-            "data.gene_vocab: from_data takes the genes from the data, but data.paths is empty."
-        )
-    parts = []
-    for var in var_frames:
-        match = max((match_species(var, species, column) for species in SPECIES), key=lambda m: m.n_genes)
-        genes, known = match.table, match.gene_index >= 0
-        own = clean_ensembl_ids(genes.used)
-        genes = pd.DataFrame(
-            {"gene_id": genes.gene_id.where(known, own), "symbol": genes.symbol.where(known, own)}
-        )
-        parts.append(genes[(genes.gene_id != "") & (match.table.reason != NOT_MEASURED)])
-    union = pd.concat(parts).drop_duplicates("gene_id").sort_values("gene_id")
-    ids = union.gene_id.to_numpy(object)
-    biotypes = known_genes().biotype.reindex(ids)
-    vocab = GeneVocab(
-        ids,
-        union.symbol.to_numpy(object),
-        biotypes.fillna("").to_numpy(object),
-        species_of(ids),
-        name="from_data",
-    )
-    n_known, n_files = int(biotypes.notna().sum()), len(var_frames)
-    files = f"{n_files} file{'s' * (n_files > 1)}"
-    logger.info(f"from_data: {vocab.n_genes:,} genes of {files}, {n_known:,} known ({vocab.species})")
-    return vocab
-
-
-def species_of(ids: np.ndarray) -> str:
-    """Species of Ensembl ids; "unknown" if there are none of human and mouse, or of both."""
-    text = pd.Series(ids)
-    present = [s for s in SPECIES if text.str.startswith(ID_PREFIX[s]).any()]
-    return present[0] if len(present) == 1 else "unknown"
 
 
 def _unknown(name: str) -> str:

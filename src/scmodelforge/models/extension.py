@@ -17,12 +17,13 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians
+from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.genes.embeddings import read_gene_embeddings
-from scmodelforge.genes.identifiers import NOT_MEASURED, match_genes
+from scmodelforge.genes.identifiers import NOT_MEASURED, GeneMatch, match_genes
 from scmodelforge.genes.names import clean_ensembl_ids
-from scmodelforge.genes.tables import known_genes
+from scmodelforge.genes.tables import SPECIES, known_genes
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.bundle import ModelBundle, assemble, build_model
 
@@ -43,7 +44,7 @@ def extend_vocabulary(bundle: ModelBundle, sources: Sequence[Source], config: Co
     sources
         The data whose genes are added.
     config
-        `data.extend_vocab`, `data.layer`, `data.gene_column` and `training.seed` are read.
+        `data.extend_vocab`, `layer`, `gene_column` and `species` of `data`, and `training.seed` are read.
 
     Raises
     ------
@@ -60,8 +61,9 @@ def extend_vocabulary(bundle: ModelBundle, sources: Sequence[Source], config: Co
             "data.extend_vocab: the genes of this model were selected as the most variable ones "
             "(data.preprocessing.hvg), and adding all others would undo that. Set data.extend_vocab: null."
         )
-    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
-    new = new_genes(bundle.vocab, var_frames, config.data.gene_column)
+    matrices = [open_matrix(source, config.data.layer) for source in sources]
+    species = species_of_matrices(matrices, config.data)
+    new = new_genes(bundle.vocab, [matrix.var for matrix in matrices], config.data.gene_column, species)
     if new is None:
         log.info("data.extend_vocab: the model knows all genes of the data.")
         return bundle
@@ -87,11 +89,23 @@ def extend_vocabulary(bundle: ModelBundle, sources: Sequence[Source], config: Co
     return assemble(bundle.config, vocab, None, named, "the model with more genes")
 
 
-def new_genes(vocab: GeneVocab, var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVocab | None:
-    """Genes of data that `vocab` lacks, ascending by id, or None: known genes by their id, others by their name."""
+def new_genes(
+    vocab: GeneVocab,
+    var_frames: Sequence[pd.DataFrame],
+    column: str | None,
+    species: Sequence[str | None] = (),
+) -> GeneVocab | None:
+    """Genes of data that `vocab` lacks, ascending by id, or None: known genes by their id, others by their name.
+
+    Of files of another species (`species`, of each file), the one-to-one orthologs are taken, so that a vocabulary
+    stays of one species.
+    """
     parts = []
-    for var in var_frames:
-        match = match_genes(var, vocab, column)
+    for var, of in zip(var_frames, species or [None] * len(var_frames), strict=True):
+        match = match_genes(var, vocab, column, of)
+        if match.species and vocab.species in SPECIES:
+            parts.append(_new_orthologs(match))
+            continue
         rest = match.table[(match.gene_index < 0) & ~match.table.reason.isin(NO_GENES).to_numpy()]
         own = clean_ensembl_ids(rest.used)
         known = rest.gene_id != ""
@@ -111,6 +125,17 @@ def new_genes(vocab: GeneVocab, var_frames: Sequence[pd.DataFrame], column: str 
         special_tokens=vocab.special_tokens,
         name="new genes",
     )
+
+
+def _new_orthologs(match: GeneMatch) -> pd.DataFrame:
+    """The orthologs that the vocabulary lacks."""
+    rest = match.table[(match.gene_index < 0) & (match.table.reason != NOT_MEASURED).to_numpy()]
+    ids = rest.ortholog[rest.ortholog != ""]
+    if n_without := len(rest) - len(ids):
+        log.info(
+            "data.extend_vocab: %s genes of %s have no one-to-one ortholog.", f"{n_without:,}", match.species
+        )
+    return pd.DataFrame({"gene_id": ids, "symbol": known_genes().symbol.loc[ids].to_numpy(object)})
 
 
 def measure_new_medians(

@@ -102,14 +102,19 @@ def _with_zeros(
     row = np.repeat(np.arange(cells.n_cells), cells.n_genes_per_cell)
     place = row * n_genes + cells.gene_ids
     genes = np.tile(np.arange(n_genes, dtype=np.int32), cells.n_cells)
-    dense = [np.zeros(len(genes), dtype=each.dtype) for each in (expressed, carried)]
-    for filled, each in zip(dense, (expressed, carried), strict=True):
-        filled[place] = each
+    counted, read = (_scatter(place, each, len(genes)) for each in (expressed, carried))
     if cells.measured is None:
-        return np.arange(cells.n_cells + 1) * n_genes, genes, *dense
+        return np.arange(cells.n_cells + 1) * n_genes, genes, counted, read
     known = cells.measured.sets[cells.measured.of_cell]
     indptr = np.concatenate([[0], np.cumsum(known.sum(axis=1))])
-    return indptr, genes[known.ravel()], dense[0][known.ravel()], dense[1][known.ravel()]
+    known = known.ravel()
+    return indptr, genes[known], counted[known], read[known]
+
+
+def _scatter(place: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    dense = np.zeros(size, dtype=values.dtype)
+    dense[place] = values
+    return dense
 
 
 def empty_tokens(

@@ -15,6 +15,7 @@ from anndata import AnnData
 from scmodelforge.config import Config
 from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians, select_hvg
+from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
 from scmodelforge.errors import DataError
@@ -72,8 +73,10 @@ class TrainingData:
 def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
     """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
     sources = config.data.paths if sources is None else sources
-    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
-    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
+    matrices = [open_matrix(source, config.data.layer) for source in sources]
+    species = species_of_matrices(matrices, config.data)
+    var_frames = [matrix.var for matrix in matrices]
+    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column, species)
     return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
 
 

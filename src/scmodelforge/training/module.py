@@ -59,10 +59,6 @@ class TrainingModule(LightningModule):
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Copy without waiting: batches lie in pinned memory where there is a GPU."""
-        return batch.to(device, non_blocking=True)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(batch.seed)
 

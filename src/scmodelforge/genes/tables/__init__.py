@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import as_file, files
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -27,3 +28,10 @@ def load_table(species: str) -> pd.DataFrame:
 def known_genes() -> pd.DataFrame:
     """Return the genes of all species, indexed by `gene_id`; treat it as read-only."""
     return pd.concat([load_table(species) for species in SPECIES]).set_index("gene_id")
+
+
+def species_of(ids: np.ndarray) -> str:
+    """Species of Ensembl ids; "unknown" if there are none of human and mouse, or of both."""
+    text = pd.Series(ids)
+    present = [s for s in SPECIES if text.str.startswith(ID_PREFIX[s]).any()]
+    return present[0] if len(present) == 1 else "unknown"

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from scmodelforge.errors import ModelError
 from scmodelforge.files import write_text
-from scmodelforge.genes.tables import known_genes
-from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, species_of
+from scmodelforge.genes.tables import known_genes, species_of
+from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
 from scmodelforge.models.bundle import ModelBundle, assemble
 from scmodelforge.models.published.reading import (
     config_from,

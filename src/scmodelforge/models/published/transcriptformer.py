@@ -18,8 +18,8 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
 from scmodelforge.files import atomic_path, write_text
-from scmodelforge.genes.tables import known_genes
-from scmodelforge.genes.vocab import GeneVocab, species_of
+from scmodelforge.genes.tables import known_genes, species_of
+from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.bundle import ModelBundle, assemble
 from scmodelforge.models.objectives.counts import EPSILON
 from scmodelforge.models.published.reading import (
