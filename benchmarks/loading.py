@@ -7,15 +7,18 @@ tokens, and bins. Memory is the peak of the process's anonymous memory.
 
     python benchmarks/loading.py --cells 20000 --json loading.json
     python benchmarks/loading.py --cells 200000 --peers
+    python benchmarks/loading.py --cells 200000 --peers --peer-python A/bin/python --peer-python B/bin/python
 
-`--peers` also times what is installed of: AnnCollection, a plain DataLoader over a backed AnnData.
+`--peers` also times what is installed (here, or in the environments that are named) of: bionemo-scdl, annbatch,
+scDataset, AnnCollection, a plain DataLoader over AnnData. Randomness is 1 for a true global shuffle. The row
+`conversion` is `scmodelforge shard`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,15 +27,19 @@ from typing import Any
 
 import h5py
 import harness
+import loading_peers
 import numpy as np
+from loading_peers import BATCH, DIGITS, PeakMemory, measure, row_numbers
 
-BATCH, THREADS, COUNTS_PER_CELL, MAX_SECONDS = 64, 2, 1640, 6.0
+Run = Callable[[], dict[str, float] | None]
+
+THREADS, COUNTS_PER_CELL = 2, 1640
 OURS = ("csr", "rank", "rank+mask", "binned")
 BLOCK = 10_000
 
 
 def write_cells(path: str, n_cells: int) -> None:
-    """Write the synthetic cells: genes by a log-normal popularity, small counts."""
+    """Write the synthetic cells: genes by a log-normal popularity, small counts; the row number in the first two."""
     import anndata as ad
     import pandas as pd
 
@@ -55,6 +62,7 @@ def write_cells(path: str, n_cells: int) -> None:
         indices = group.create_dataset("indices", shape=(int(indptr[-1]),), dtype=np.int32)
         data = group.create_dataset("data", shape=(int(indptr[-1]),), dtype=np.uint16)
         # A pool of gene sets keeps the making short; counts are drawn for each cell.
+        popularity[:2] = np.inf  # every cell has the first two genes
         pool = [
             np.argsort(rng.exponential(size=len(genes)) / popularity)[: 2 * COUNTS_PER_CELL]
             for _ in range(64)
@@ -63,43 +71,10 @@ def write_cells(path: str, n_cells: int) -> None:
             stop = min(start + BLOCK, n_cells)
             rows = [np.sort(pool[i % len(pool)][: lengths[i]]) for i in range(start, stop)]
             indices[indptr[start] : indptr[stop]] = np.concatenate(rows)
-            data[indptr[start] : indptr[stop]] = rng.geometric(0.5, int(indptr[stop] - indptr[start]))
-
-
-class PeakMemory:
-    """Samples the anonymous memory of this process, in MiB."""
-
-    def __init__(self) -> None:
-        self.peak, self.running = 0.0, True
-        self.thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.running = False
-        self.thread.join()
-
-    def _sample(self) -> None:
-        status = Path("/proc/self/status")
-        while self.running and status.exists():
-            line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-            self.peak = max(self.peak, int(line.split()[1]) / 1024)
-            time.sleep(0.02)
-
-
-def measure(batches: Callable[[], Iterator[int]]) -> dict[str, float]:
-    """Cells/s of an iterator of batch sizes after one warm-up batch, and the peak memory in MiB."""
-    next(batches())
-    with PeakMemory() as memory:
-        n_cells, started = 0, time.perf_counter()
-        for n in batches():
-            n_cells += n
-            if time.perf_counter() - started > MAX_SECONDS:
-                break
-        seconds = time.perf_counter() - started
-    return {"rate": n_cells / seconds, "memory": memory.peak}
+            counts = rng.geometric(0.5, int(indptr[stop] - indptr[start]))
+            first, row = indptr[start:stop] - indptr[start], np.arange(start, stop)
+            counts[first], counts[first + 1] = row % DIGITS + 1, row // DIGITS + 1
+            data[indptr[start] : indptr[stop]] = counts
 
 
 def raw_gather(path: str) -> dict[str, float]:
@@ -125,16 +100,16 @@ def raw_gather(path: str) -> dict[str, float]:
             rows = order[start : start + BATCH]
             size = int((held.indptr[rows + 1] - held.indptr[rows]).sum())
             gather(*held, rows, np.empty(size, np.int32), np.empty(size, np.float32))
-            yield BATCH
+            yield rows
 
-    return measure(batches)
+    return measure(batches, lambda rows: rows, len(order))
 
 
 def ours(path: str, stage: str) -> dict[str, float]:
     """Our loader up to a stage: csr, rank, rank+mask or binned."""
     from scmodelforge.config import Config
     from scmodelforge.data.loader import BatchLoader
-    from scmodelforge.data.order import batch_rows
+    from scmodelforge.data.order import GlobalShuffle
     from scmodelforge.data.store import open_store
     from scmodelforge.genes.vocab import predefined
     from scmodelforge.models.objectives import build_objective
@@ -148,51 +123,62 @@ def ours(path: str, stage: str) -> dict[str, float]:
         vocab = vocab.with_medians(np.random.default_rng(0).uniform(0.5, 20, vocab.n_genes))
     store = open_store([path], vocab, config.data)
     tokenizer, objective = build_tokenizer(config, vocab), build_objective(config, vocab)
-    rows = np.arange(store.n_cells)
+    order = GlobalShuffle(np.arange(store.n_cells), seed=0)
 
-    def make(epoch: int, step: int) -> int:
-        cells = store.read(batch_rows(rows, step, BATCH, 0, epoch, True, 0, 1))
-        if stage != "csr":
-            tokens = tokenizer(cells, 0, epoch)
-            if stage == "rank+mask":
-                objective.corrupt(tokens, 0, epoch)
-        return cells.n_cells
+    def make(epoch: int, step: int) -> Any:
+        cells = store.read(order.batch(epoch, step, BATCH, 0, 1).rows)
+        if stage == "csr":
+            return cells
+        tokens = tokenizer(cells, 0, epoch)
+        return objective.corrupt(tokens, 0, epoch).tokens if stage == "rank+mask" else tokens
 
-    return measure(lambda: iter(BatchLoader(make, len(rows) // BATCH, THREADS)))
+    def rows_of(batch: Any) -> np.ndarray:
+        if stage == "csr":  # read off the counts, as of the peers
+            first = batch.indptr[:-1]
+            return row_numbers(batch.counts[first], batch.counts[first + 1])
+        return batch.cell_index.numpy()
 
-
-def ann_collection(path: str) -> dict[str, float]:
-    """anndata's AnnCollection over the backed file, shuffled batches."""
-    import anndata as ad
-    from anndata.experimental import AnnCollection
-
-    backed = ad.read_h5ad(path, backed="r")
-    collection = AnnCollection([backed], join_vars="inner")
-    order = np.random.default_rng(0).permutation(backed.n_obs)
-
-    def batches() -> Iterator[int]:
-        for start in range(0, len(order) - BATCH, BATCH):
-            yield collection[np.sort(order[start : start + BATCH])].X.shape[0]
-
-    return measure(batches)
+    n_steps = store.n_cells // BATCH
+    return measure(lambda: iter(BatchLoader(make, n_steps, THREADS)), rows_of, store.n_cells)
 
 
-def plain_loader(path: str) -> dict[str, float]:
-    """torch's DataLoader over single rows of the backed file, without workers."""
-    import anndata as ad
-    from torch.utils.data import DataLoader
+def conversion(path: str) -> dict[str, float]:
+    """`scmodelforge shard`: the file read, mapped to the vocabulary, written, and both hashed."""
+    from scmodelforge.config import DataConfig
+    from scmodelforge.data.shards import write_shards
+    from scmodelforge.genes.vocab import predefined
 
-    backed = ad.read_h5ad(path, backed="r")
+    vocab = predefined("human_protein_coding")
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder, PeakMemory() as memory:
+        started = time.perf_counter()
+        records = write_shards([path], vocab, DataConfig(), folder)
+        seconds = time.perf_counter() - started
+    return {"rate": sum(record.n_cells for record in records) / seconds, "memory": memory.peak}
 
-    class Cells:
-        def __len__(self) -> int:
-            return backed.n_obs
 
-        def __getitem__(self, row: int) -> np.ndarray:
-            return backed.X[row].toarray()[0]
+def rounds(runs: dict[str, Run], n: int) -> dict[str, dict[str, float]]:
+    """Call all `runs` once a round, each round beginning with the next of them; medians of what they give."""
+    names, seen = list(runs), {name: list[dict[str, float]]() for name in runs}
+    for turn in range(n):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]
+            if (figures := runs[name]()) is not None:
+                seen[name].append(figures)
+    return {
+        name: {key: float(np.median([each[key] for each in figures])) for key in figures[0]}
+        for name, figures in seen.items()
+    }
 
-    loader = DataLoader(Cells(), batch_size=BATCH, shuffle=True)  # type: ignore[arg-type, var-annotated]
-    return measure(lambda: (len(batch) for batch in loader))
+
+def installed(runs: dict[str, Run]) -> dict[str, Run]:
+    """The runs of peers that are installed, which each is asked once."""
+    found = {}
+    for name, run in runs.items():
+        if run() is None:
+            print(f"{name}: not installed")
+        else:
+            found[name] = run
+    return found
 
 
 def main() -> None:
@@ -203,34 +189,50 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="also time other loaders")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        help="interpreter of an environment with peers (repeatable)",
+    )
+    parser.add_argument("--folder", type=Path, help="keep the cells in this folder, and use what is there")
+    parser.add_argument("--only", nargs="*", help="names of the rows to measure; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/cells.h5ad"
-        write_cells(path, options.cells)
-        runs: dict[str, Callable[[], dict[str, float]]] = {
-            "raw gather": partial(harness.fresh, raw_gather, path=path)
-        }
+    with tempfile.TemporaryDirectory() as temporary:
+        path = f"{options.folder or temporary}/cells_{options.cells}.h5ad"
+        if not Path(path).exists():
+            write_cells(path, options.cells)
+        runs: dict[str, Run] = {"raw gather": partial(harness.fresh, raw_gather, path=path)}
         runs |= {f"ours/{stage}": partial(harness.fresh, ours, path=path, stage=stage) for stage in OURS}
+        runs["conversion"] = partial(harness.fresh, conversion, path=path)
         if options.peers:
-            runs["AnnCollection"] = partial(harness.fresh, ann_collection, path=path)
-            runs["DataLoader over AnnData"] = partial(harness.fresh, plain_loader, path=path)
-        seen: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-        names = list(runs)
-        for turn in range(options.rounds):
-            for i in range(len(names)):
-                name = names[(turn + i) % len(names)]
-                seen[name].append(runs[name]())
-    figures = {
-        name: {key: float(np.median([value[key] for value in values])) for key in ("rate", "memory")}
-        for name, values in seen.items()
-    }
-    rows = [
-        harness.Row(name, figure["rate"], "cells/s", figures["raw gather"]["rate"])
-        for name, figure in figures.items()
-    ]
-    rows += [harness.Row(f"{name}, memory", figure["memory"], "MiB") for name, figure in figures.items()]
+            peers: dict[str, Run] = {}
+            for name, (peer, arguments) in loading_peers.PEERS.items():
+                for python in options.peer_python or [sys.executable]:
+                    peers.setdefault(
+                        name if python == sys.executable else f"{name} ({Path(python).parts[-3]})",
+                        partial(harness.fresh, peer, python=python, path=path, **arguments),
+                    )
+            runs |= installed(peers)
+        if options.only:
+            runs = {name: run for name, run in runs.items() if name in options.only}
+        figures = rounds(runs, options.rounds)
     title = f"loading {options.cells:,} cells; peer: the raw gather"
+    limit = figures.get("raw gather", {}).get("rate")
+    rows = [harness.Row(name, each["rate"], "cells/s", limit) for name, each in figures.items()]
+    rows += [harness.Row(f"{name}, memory", each["memory"], "MiB") for name, each in figures.items()]
+    rows += [
+        harness.Row(f"{name}, randomness", each["randomness"], "of a perfect shuffle")
+        for name, each in figures.items()
+        if "randomness" in each
+    ]
+    best = max(
+        (each["rate"] for name, each in figures.items() if name.split(" (")[0] in loading_peers.PEERS),
+        default=None,
+    )
+    if best and "ours/csr" in figures:
+        rows.append(harness.Row("ours/csr over the best peer", figures["ours/csr"]["rate"], "cells/s", best))
     harness.report(title, rows, harness.versions("anndata", "h5py", "numba"), options.json)
 
 
