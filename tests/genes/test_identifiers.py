@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmodelforge.errors import DataError
-from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
+from scmodelforge.genes import identifiers
+from scmodelforge.genes.identifiers import MEASURED, GeneMatch, likely_cause, match_genes
+from scmodelforge.genes.names import reference_of
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
 
 HUMAN = predefined("human_protein_coding")
@@ -301,3 +303,15 @@ def test_from_data_takes_every_gene_of_real_files(real_data: Path) -> None:
     assert vocab.species == "human"
     for var in frames:
         assert match_genes(var, vocab).n_matched / len(var) > 0.995
+
+
+def test_ids_of_the_vocabulary_are_matched_without_tables_as_with_them() -> None:
+    vocab = predefined("human_protein_coding")
+    ids = vocab.gene_ids[np.random.default_rng(0).permutation(vocab.n_genes)[:3000]]
+    var = pd.DataFrame({"symbol": "x", MEASURED: np.arange(3000) % 5 > 0}, index=pd.Index(ids))
+    fast, long = match_genes(var, vocab), identifiers._match(var, reference_of(vocab), None)
+    np.testing.assert_array_equal(fast.gene_index, long.gene_index)
+    pd.testing.assert_frame_equal(fast.table, long.table)
+    assert (fast.column, fast.kind, fast.summary()) == (long.column, long.kind, long.summary())
+    var.index = var.index.where(np.arange(3000) != 7, "ENSG00000000000")
+    assert match_genes(var, vocab).table.reason[7] == "unknown Ensembl id"

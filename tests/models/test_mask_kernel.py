@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmodelforge.config import Config
-from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.data.random import below, philox, uniform
 from scmodelforge.models.embeddings import MASKED_VALUE
 from scmodelforge.models.objectives.masked import MaskedPrediction

@@ -10,7 +10,7 @@ import torch
 
 from scmodelforge.config import Config, LoraConfig
 from scmodelforge.config_io import parse_config
-from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.errors import ConfigError
 from scmodelforge.models.bundle import build_model
 from scmodelforge.models.objectives.batch import TrainingBatch

@@ -15,7 +15,7 @@ from examples.quickstart import counts_from_log_normalized
 from scmodelforge.config import Config
 from scmodelforge.config_io import parse_config
 from scmodelforge.data.batch import CellBatch
-from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.errors import ConfigError
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.base import CellTransformer

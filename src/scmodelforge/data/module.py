@@ -15,14 +15,12 @@ from scmodelforge.config import DataConfig
 from scmodelforge.data.batch import REPEAT, CellBatch
 from scmodelforge.data.buffered import BufferedShuffle, buffered_shuffle
 from scmodelforge.data.loader import BatchLoader
-from scmodelforge.data.order import GlobalShuffle, Order, batch_rows, n_steps
+from scmodelforge.data.order import VALIDATION_EPOCH, GlobalShuffle, Order, batch_rows, n_steps
 from scmodelforge.data.sampling import weighted_draws
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError
 
 log = logging.getLogger(__name__)
-
-VALIDATION_EPOCH = 2**32 - 1  # the "epoch" of validation batches, so their masks never change
 
 
 def training_order(store: CellStore, rows: np.ndarray, config: DataConfig, seed: int) -> Order:

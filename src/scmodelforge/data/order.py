@@ -16,6 +16,7 @@ import numpy as np
 
 from scmodelforge.data.random import WORD, philox_words
 
+VALIDATION_EPOCH = 2**32 - 1  # the "epoch" of validation batches, so their masks never change
 FEISTEL_ROUNDS = 8
 ORDER_STREAM = 0x0D0E  # fourth word of the counter, so that no other use of the seed draws the same keys
 MURMUR = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))

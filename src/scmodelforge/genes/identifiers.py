@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from scmodelforge.errors import DataError
-from scmodelforge.genes.names import Reference, recognise, reference_of, reference_of_species
+from scmodelforge.genes.names import ENSEMBL_ID, Reference, recognise, reference_of, reference_of_species
 from scmodelforge.genes.orthologs import orthologs_of
 from scmodelforge.genes.tables import SPECIES, known_genes
 
@@ -146,13 +146,38 @@ def match_genes(
         If `column` does not exist, or a shard does not say which genes were measured.
     """
     if species is None or species == vocab.species:
-        return _match(var, reference_of(vocab), column)
+        return _match_own_ids(var, vocab, column) or _match(var, reference_of(vocab), column)
     return _through_orthologs(match_species(var, species, column), vocab, species)
 
 
 def match_species(var: pd.DataFrame, species: str, column: str | None = None) -> GeneMatch:
     """Find each row of `var` among all genes of `load_table(species)`, as `match_genes` does."""
     return _match(var, reference_of_species(species), column)
+
+
+def _match_own_ids(var: pd.DataFrame, vocab: GeneVocab, column: str | None) -> GeneMatch | None:
+    """The match of a file whose var_names are Ensembl ids of the vocabulary, as those of shards; None for any other.
+
+    It is what the long way finds, without the gene tables and their indexes (100 MB).
+    """
+    if column not in (None, "index") or not len(var):
+        return None
+    names = pd.Series(var.index.astype(str))
+    gene_index = pd.Index(vocab.gene_ids).get_indexer(pd.Index(names)).astype(np.int32)
+    if (gene_index < 0).any() or not names.str.fullmatch(ENSEMBL_ID).all():
+        return None
+    measured, ids = measured_columns(var), names.to_numpy(object)
+    table = pd.DataFrame(
+        {
+            "var_name": ids,
+            "used": ids,
+            "gene_id": ids,
+            "symbol": vocab.symbols[gene_index],
+            "ortholog": "",
+            "reason": np.where(measured, "Ensembl id", NOT_MEASURED).astype(object),
+        }
+    )
+    return GeneMatch("index", "ensembl", np.where(measured, gene_index, -1).astype(np.int32), table)
 
 
 def _through_orthologs(match: GeneMatch, vocab: GeneVocab, species: str) -> GeneMatch:

@@ -9,7 +9,7 @@ import pandas as pd
 from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
-from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 

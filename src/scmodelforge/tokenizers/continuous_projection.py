@@ -10,7 +10,7 @@ import pandas as pd
 
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
-from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.explain import explain_tokens, of_first_cell

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from scmodelforge.config import Config
-from scmodelforge.data.module import VALIDATION_EPOCH
+from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.embeddings import MASKED_VALUE
 from scmodelforge.models.objectives.batch import LossTerm, ModelOutput, TrainingBatch
