@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from scmodelforge.data.batch import MeasuredGenes
+from scmodelforge.tokenizers.kernels import count_kept, move_left
 
 
 class DeviceBatch:
@@ -84,19 +85,25 @@ class TokenBatch(DeviceBatch):
 
 def keep_tokens(tokens: TokenBatch, kept: np.ndarray, pad_id: int) -> TokenBatch:
     """`tokens` on the CPU with only the real ones where `kept` (bool (n_cells, length)), moved to the left."""
-    kept = kept & (np.arange(kept.shape[1]) < tokens.lengths.numpy()[:, None])
-    lengths = kept.sum(axis=1)
-    length = max(int(lengths.max(initial=0)), 1)
-    order = np.argsort(~kept, axis=1, kind="stable")[:, :length]
-    real = np.arange(length) < lengths[:, None]
-    ids = np.where(real, np.take_along_axis(tokens.input_ids.numpy(), order, axis=1), pad_id)
-    values = np.where(real, np.take_along_axis(tokens.values.numpy(), order, axis=1), np.float32(0))
+    lengths, length = np.empty(tokens.n_cells, dtype=np.int64), count_kept(kept, tokens.lengths.numpy())
+    ids = np.empty((tokens.n_cells, max(length, 1)), dtype=np.int64)
+    values = np.empty(ids.shape, dtype=np.float32)
+    move_left(
+        tokens.input_ids.numpy(),
+        tokens.values.numpy(),
+        tokens.lengths.numpy(),
+        kept,
+        pad_id,
+        ids,
+        values,
+        lengths,
+    )
     return replace(
         tokens,
         input_ids=torch.from_numpy(ids),
         values=torch.from_numpy(values),
-        lengths=torch.from_numpy(lengths.astype(np.int64)),
-        has_padding=bool((lengths < length).any()),
+        lengths=torch.from_numpy(lengths),
+        has_padding=bool((lengths < ids.shape[1]).any()),
         left_out=None,
         measured=None,
     )

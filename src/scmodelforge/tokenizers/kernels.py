@@ -416,3 +416,38 @@ def bin_counts(
             spanned = max(up_to[d] - above[d], 1)
             drawn = (np.uint64(bits[0, i]) * np.uint64(spanned)) >> WORD
             out_bins[begin + i] = up_to[d] - np.int64(drawn)
+
+
+@numba.njit(nogil=True, cache=True)
+def count_kept(kept: np.ndarray, lengths: np.ndarray) -> int:
+    """The most tokens that any cell keeps: `kept` bool (n_cells, length), of which the first `lengths` are real."""
+    most = 0
+    for cell in range(len(kept)):
+        n = 0
+        for i in range(lengths[cell]):
+            n += kept[cell, i]
+        most = max(most, n)
+    return most
+
+
+@numba.njit(nogil=True, cache=True)
+def move_left(
+    tokens: np.ndarray,
+    values: np.ndarray,
+    lengths: np.ndarray,
+    kept: np.ndarray,
+    pad_id: int,
+    out_tokens: np.ndarray,
+    out_values: np.ndarray,
+    out_lengths: np.ndarray,
+) -> None:
+    """Fill the last three with the tokens of each cell that are `kept` (bool (n_cells, length)), then pads."""
+    for cell in range(len(tokens)):
+        n = 0
+        for i in range(lengths[cell]):
+            if kept[cell, i]:
+                out_tokens[cell, n], out_values[cell, n] = tokens[cell, i], values[cell, i]
+                n += 1
+        out_tokens[cell, n:] = pad_id
+        out_values[cell, n:] = 0
+        out_lengths[cell] = n

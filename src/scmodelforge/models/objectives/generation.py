@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scmodelforge.data.random import philox
 from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms
+from scmodelforge.models.objectives.kernels import split_genes
 from scmodelforge.models.objectives.masked import MaskedPrediction
 from scmodelforge.tokenizers.batch import TokenBatch, keep_tokens
 
@@ -31,15 +31,18 @@ class ExpressionGeneration(MaskedPrediction):
     def corrupt(self, tokens: TokenBatch, seed: int, epoch: int, batch_seed: int = 0) -> TrainingBatch:
         """Split the genes of each cell; a pure function of (seed, epoch, cell, gene)."""
         ids = tokens.input_ids.numpy()
-        cell = tokens.cell_index.numpy()[:, None].astype(np.uint64)
-        key = (cell & np.uint64(0xFFFFFFFF), cell >> np.uint64(32))
-        draw = philox(seed, *key, ids, np.uint32(epoch))[0].astype(np.int64)
-        is_gene = ids >= self.vocab.first_gene_token
-        n_generated = (is_gene.sum(axis=1) * self.config.model.objective.generated_share).astype(np.int64)
-        order = np.argsort(np.where(is_gene, draw, 2**32), axis=1, kind="stable")
-        generated = np.empty(ids.shape, dtype=bool)
-        np.put_along_axis(generated, order, np.arange(ids.shape[1]) < n_generated[:, None], axis=1)
-
+        generated, n_generated = np.empty(ids.shape, dtype=bool), np.empty(tokens.n_cells, dtype=np.int64)
+        split_genes(
+            ids,
+            tokens.lengths.numpy(),
+            tokens.cell_index.numpy(),
+            np.uint64(seed),
+            np.uint64(epoch),
+            self.vocab.first_gene_token,
+            self.config.model.objective.generated_share,
+            generated,
+            n_generated,
+        )
         queries = keep_tokens(tokens, generated, self.vocab.pad_id)
         asked = np.flatnonzero(np.arange(queries.input_ids.shape[1]) < n_generated[:, None])
         return TrainingBatch(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from scmodelforge.config import Config
-from scmodelforge.data.random import philox, uniform
+from scmodelforge.data.batch import MeasuredGenes
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms
+from scmodelforge.models.objectives.kernels import ask_genes
 from scmodelforge.models.objectives.masked import MaskedPrediction
 from scmodelforge.tokenizers.batch import TokenBatch, keep_tokens
 
@@ -41,65 +42,50 @@ class MaskedReconstruction(MaskedPrediction):
 
     def corrupt(self, tokens: TokenBatch, seed: int, epoch: int, batch_seed: int = 0) -> TrainingBatch:
         """Take genes out and ask for them; a pure function of (seed, epoch, cell, gene)."""
-        vocab, truth, values = self.vocab, tokens.input_ids.numpy(), tokens.values.numpy()
-        cell = tokens.cell_index.numpy().astype(np.uint64)
-        key = (cell & np.uint64(0xFFFFFFFF), cell >> np.uint64(32))
-        choose = philox(seed, key[0][:, None], key[1][:, None], truth, np.uint32(epoch))[0]
-        expressed = (truth >= vocab.first_gene_token) & (values > 0)
-        asked = expressed & (uniform(choose) < self.masking.mask_ratio)
-
-        rows, places = np.nonzero(asked)
-        zero_rows, zero_tokens = self._ask_zeros(tokens, key, seed, epoch)
-        batch_rows = np.concatenate([rows, zero_rows])
-        genes = np.concatenate([truth[rows, places], zero_tokens])
-        answers = np.concatenate([values[rows, places], np.zeros(len(zero_rows), dtype=np.float32)])
-        order = np.lexsort((genes, batch_rows))
-        batch_rows, genes, answers = batch_rows[order], genes[order], answers[order]
-
-        n_asked = np.bincount(batch_rows, minlength=tokens.n_cells)
-        column = np.arange(len(batch_rows)) - np.repeat(np.cumsum(n_asked) - n_asked, n_asked)
+        vocab, truth = self.vocab, tokens.input_ids.numpy()
+        expected = vocab.n_genes * self.zero_mask_ratio
+        n_jumps = int(expected + 8 * math.sqrt(expected) + 16)  # eight standard deviations: never too few
+        asked, n_asked = np.empty(truth.shape, dtype=bool), np.empty(tokens.n_cells, dtype=np.int64)
+        genes = np.empty(tokens.n_cells * (truth.shape[1] + n_jumps), dtype=np.int64)
+        answers = np.empty(len(genes), dtype=np.float32)
+        nothing = np.zeros((tokens.n_cells, 0), dtype=np.int64)
+        measured = tokens.measured or MeasuredGenes(np.zeros((0, 0), dtype=bool), nothing[:, 0:1].ravel())
+        n = ask_genes(
+            truth,
+            tokens.values.numpy(),
+            tokens.lengths.numpy(),
+            nothing if tokens.left_out is None else tokens.left_out.numpy(),
+            measured.sets,
+            measured.of_cell,
+            self.seen,
+            tokens.cell_index.numpy(),
+            np.uint64(seed),
+            np.uint64(seed ^ ZERO_STREAM),
+            np.uint64(epoch),
+            vocab.first_gene_token,
+            self.masking.mask_ratio,
+            self.zero_mask_ratio,
+            n_jumps,
+            asked,
+            n_asked,
+            genes,
+            answers,
+        )
+        genes, answers = genes[:n].copy(), answers[:n].copy()  # without the room for all
+        rows = np.repeat(np.arange(tokens.n_cells), n_asked)
+        column = np.arange(n) - np.repeat(np.cumsum(n_asked) - n_asked, n_asked)
         queries = np.full((tokens.n_cells, max(int(n_asked.max(initial=0)), 1)), vocab.pad_id)
-        queries[batch_rows, column] = genes
+        queries[rows, column] = genes
         visible = keep_tokens(tokens, ~asked, vocab.pad_id)
         return TrainingBatch(
             tokens=visible,
-            asked=torch.from_numpy(batch_rows * queries.shape[1] + column),
+            asked=torch.from_numpy(rows * queries.shape[1] + column),
             genes=torch.from_numpy(genes),
             values=torch.from_numpy(answers),
-            n_tokens=int(visible.lengths.sum()) + len(genes),
+            n_tokens=int(visible.lengths.sum()) + n,
             seed=batch_seed,
             queries=torch.from_numpy(queries),
         )
-
-    def _ask_zeros(
-        self, tokens: TokenBatch, key: tuple[Any, Any], seed: int, epoch: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Measured genes without a count that are asked: rows of the batch and tokens, int64 (m) each.
-
-        Every gene of the vocabulary is drawn with `zero_mask_ratio`, by jumping from one drawn gene to the next: the
-        jumps are geometric, so there are as many random numbers as drawn genes, not as genes.
-        """
-        share, n_genes, first = self.zero_mask_ratio, self.vocab.n_genes, self.vocab.first_gene_token
-        if not share:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        expected = n_genes * share
-        n_jumps = int(expected + 8 * math.sqrt(expected) + 16)  # eight standard deviations: never too few
-        bits = philox(
-            seed ^ ZERO_STREAM, key[0][:, None], key[1][:, None], np.arange(n_jumps), np.uint32(epoch)
-        )[0]
-        jumps = np.floor(np.log1p(-uniform(bits)) / math.log1p(-share)).astype(np.int64) + 1
-        drawn = first - 1 + np.cumsum(np.minimum(jumps, n_genes + 1), axis=1)
-        rows, places = np.nonzero(drawn < first + n_genes)
-        candidates = drawn[rows, places]
-
-        has_count = np.zeros((tokens.n_cells, self.vocab.n_tokens), dtype=bool)
-        for with_count in (tokens.input_ids, tokens.left_out):
-            if with_count is not None:
-                has_count[np.arange(tokens.n_cells)[:, None], with_count.numpy()] = True
-        kept = self.seen[candidates] & ~has_count[rows, candidates]
-        if (measured := tokens.measured) is not None:
-            kept &= measured.sets[measured.of_cell[rows], candidates - first]
-        return rows[kept], candidates[kept]
 
     def __call__(self, model: MaskedAutoencoder, batch: TrainingBatch) -> ModelOutput:  # type: ignore[override]
         """Mean expression loss over the asked genes."""
