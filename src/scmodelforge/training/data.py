@@ -72,7 +72,10 @@ class TrainingData:
 def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
     """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
     sources = config.data.paths if sources is None else sources
-    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
+    needed = (
+        sources if config.data.gene_vocab == "from_data" else ()
+    )  # opening thousands of files takes a while
+    var_frames = [open_matrix(source, config.data.layer).var for source in needed]
     vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
     return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
 
