@@ -28,16 +28,16 @@ COUNTS = np.random.default_rng(0).poisson(0.8, size=(40, N_GENES))
 
 
 @pytest.fixture(params=[2, 3])
-def version(request, monkeypatch):
-    monkeypatch.setattr(ad.settings, "zarr_write_format", request.param)
-    return request.param
+def version(request):
+    with ad.settings.override(zarr_write_format=request.param):
+        yield request.param
 
 
 def write(adata, path, entries_in_chunk=None):
     shutil.rmtree(path, ignore_errors=True)
     adata.write_zarr(path)
     if entries_in_chunk:
-        group = zarr.open_group(path, mode="r+")["X"]
+        group = zarr.open_group(path, mode="r+", use_consolidated=False)["X"]
         for name in ("indices", "data"):
             values = group[name][:]
             del group[name]
@@ -131,7 +131,7 @@ def test_a_missing_chunk_is_no_zeros(tmp_path, array):
 def test_a_damaged_chunk(tmp_path):
     path = write(make_adata(COUNTS + 1, np.arange(N_GENES)), tmp_path / "a.zarr", entries_in_chunk=50)
     for chunk in [p for p in (path / "X" / "data").rglob("*") if p.is_file() and p.name.isdecimal()]:
-        chunk.write_bytes(chunk.read_bytes()[:-3])
+        chunk.write_bytes(b"no chunk")
     with pytest.raises(DataError, match=r"a\.zarr' is truncated or damaged"):
         open_matrix(path).read(np.arange(40))
 
@@ -139,7 +139,7 @@ def test_a_damaged_chunk(tmp_path):
 def test_a_collection_is_its_members(tmp_path):
     parts = np.split(COUNTS, 4)
     for name, part in zip(("dataset_0", "dataset_1", "dataset_2", "dataset_10"), parts, strict=True):
-        zarr.open_group(tmp_path / "many.zarr", mode="a")
+        zarr.open_group(tmp_path / "many.zarr", mode="a", zarr_format=ad.settings.zarr_write_format)
         make_adata(part, np.arange(N_GENES)).write_zarr(tmp_path / "many.zarr" / name)
     yaml = tmp_path / "run.yaml"
     yaml.write_text(f"data:\n  paths: ['{tmp_path}/many.zarr']\n  min_gene_overlap: 0\n")

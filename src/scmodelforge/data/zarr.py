@@ -105,7 +105,9 @@ def _open_group(path: str | Path, name: str) -> Any:
             "Expected a folder that AnnData.write_zarr or annbatch wrote."
         )
     try:
-        return zarr.open_group(path, mode="r")
+        return zarr.open_group(
+            path, mode="r", use_consolidated=False
+        )  # a copy of the metadata may be out of date
     except (OSError, KeyError, ValueError) as error:
         raise damaged(name, f"zarr cannot open it ({error})") from error
 
