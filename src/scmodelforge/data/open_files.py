@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-import resource
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -25,10 +25,19 @@ import numpy as np
 from scmodelforge.data.matrix import Rows
 from scmodelforge.errors import DataError
 
-MOST_OPEN = max(32, min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))  # HDF5 files
-MOST_MAPPED = max(
-    64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-)  # files with mapped arrays
+
+def _limit() -> int:
+    """How many files this process may have open."""
+    if sys.platform == "win32":
+        return 512
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 8192 if soft == resource.RLIM_INFINITY else soft
+
+
+MOST_OPEN = max(32, min(512, _limit() // 4))  # HDF5 files
+MOST_MAPPED = max(64, min(4096, _limit() // 2))  # files with mapped arrays
 
 T = TypeVar("T")
 

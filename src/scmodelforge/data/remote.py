@@ -9,7 +9,6 @@ The entries that were used longest ago go when the folder outgrows its limit, bu
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -183,6 +182,8 @@ def _require_whole(part: Path, described: Described, url: str) -> None:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Wait until no other process or thread fetches this entry."""
+    import fcntl  # not on Windows
+
     with open(lock, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

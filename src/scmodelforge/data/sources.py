@@ -20,12 +20,15 @@ Source: TypeAlias = str | Path | Remote | ad.AnnData
 
 
 def sources_of(config: DataConfig) -> list[Source]:
-    """The sources that a config names: remote ones with the folder to keep them in, collections as their members."""
-    sources: list[Source] = []
-    for path in config.paths:
-        source = Remote(path, config.cache_dir, config.cache_size_gb) if is_url(path) else path
-        sources += members(source)
-    return sources
+    """The sources that a config names; collections as their members."""
+    return [member for path in config.paths for member in members(located(path, config))]
+
+
+def located(source: Source, config: DataConfig) -> Source:
+    """Give a URL the cache folder of the config; anything else stays what it is."""
+    if isinstance(source, str) and is_url(source):
+        return Remote(source, config.cache_dir, config.cache_size_gb)
+    return source
 
 
 def members(source: Source) -> list[Source]:
