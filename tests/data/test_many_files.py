@@ -102,6 +102,9 @@ def test_a_file_in_use_is_not_closed():
         assert closed == ["b"]
     with kept.borrow(2, lambda: "c"):
         assert closed == ["b", "a"]
+        kept.discard(2)
+        assert closed == ["b", "a"], "closed by one user while another one reads"
+    assert closed == ["b", "a", "c"]
 
 
 def test_the_same_genes_are_matched_once(tmp_path, counts, monkeypatch):

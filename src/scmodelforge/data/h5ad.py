@@ -66,7 +66,9 @@ def open_h5ad(path: str | Path, source: Any, layer: str | None, cache_bytes: int
 
     def obs() -> pd.DataFrame:
         with lent.borrow() as opened:
-            return read_frame(opened.file["obs"], name, "obs")
+            frame = read_frame(opened.file["obs"], name, "obs")
+        lent.close()  # as below
+        return frame
 
     with lent.borrow() as opened:
         file = opened.file

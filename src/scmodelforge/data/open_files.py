@@ -49,6 +49,7 @@ class Kept(Generic[T]):
         self.most, self._close = most, close
         self._things: OrderedDict[int, T] = OrderedDict()
         self._users: dict[int, int] = {}
+        self._unwanted: set[int] = set()  # to be closed as soon as nobody uses them
         self._lock = threading.RLock()  # a finalizer may call `discard` while this thread holds it
 
     @contextmanager
@@ -68,11 +69,17 @@ class Kept(Generic[T]):
                 self._users[key] -= 1
                 if not self._users[key]:
                     del self._users[key]
+                    if key in self._unwanted:
+                        self.discard(key)
                 self._close_unused(self.most)
 
     def discard(self, key: int) -> None:
-        """Close the thing of this key, if it is open."""
+        """Close the thing of this key, if it is open; one that is in use when it no longer is."""
         with self._lock:
+            if key in self._users:
+                self._unwanted.add(key)
+                return
+            self._unwanted.discard(key)
             thing = self._things.pop(key, None)
             if thing is not None:
                 self._close(thing)
