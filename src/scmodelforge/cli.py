@@ -173,7 +173,7 @@ def annotate(
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
+    data: Annotated[str, typer.Argument(help="An .h5ad file, a .zarr store, or the URL of one.")],
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -191,7 +191,7 @@ def check(
 
 @app.command()
 def tokens(
-    data: Annotated[Path, typer.Argument(help="An .h5ad file.")],
+    data: Annotated[str, typer.Argument(help="An .h5ad file, a .zarr store, or the URL of one.")],
     cell: Annotated[str, typer.Option("--cell", help="Row number or name of the cell.")] = "0",
     rows: Annotated[int, typer.Option("--rows", min=1, help="Tokens to print.")] = 25,
     model: Annotated[Path | None, typer.Option("--model", help="Use this model's tokenizer.")] = None,

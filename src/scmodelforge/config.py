@@ -123,7 +123,18 @@ class DataConfig(Section):
 
     source: Literal["local"] = Field("local", description="'local': h5ad files on disk.")
     paths: list[str] = Field(
-        default_factory=list, description="One or many .h5ad files; gene sets may differ."
+        default_factory=list,
+        description="One or many .h5ad files or .zarr stores, patterns, or URLs of such; gene sets may differ.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder where remote files are kept; null: the folder that SCMODELFORGE_CACHE names, else "
+        "~/.cache/scmodelforge.",
+    )
+    cache_size_gb: float = Field(
+        100.0,
+        gt=0,
+        description="Remote files kept, in GB: beyond it those used longest ago are removed, but none of this run.",
     )
     layer: str | None = Field(
         None, description="Where the raw counts are: null for X, 'raw' for .raw.X, else the name of a layer."

@@ -60,6 +60,8 @@ def named(tree: dict[str, Any]) -> list[str]:
         ({"data": {"split": {"val_split": 0}}}, "data.split.group_key", "donor"),
         (MIXTURE, "data.sampling.label_power", 0.5),
         (MIXTURE, "data.sampling.curriculum_epochs", 3),
+        ({"data": {"paths": ["a.h5ad"]}}, "data.cache_dir", "/scratch"),
+        ({}, "data.cache_size_gb", 10),
         (SCGPT, "tokenizer.gene_medians", "none"),
         (SCGPT, "tokenizer.max_value", 30),
         (with_key(SCGPT, "tokenizer.prepend_cls", False), "tokenizer.cls_value", 1.0),

@@ -15,8 +15,9 @@ import pandas as pd
 
 from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
-from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
+from scmodelforge.data.matrix import Matrix
 from scmodelforge.data.preprocess import QUANTILES
+from scmodelforge.data.sources import Source, located, matrix_places, open_matrix
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.state import locate, matrix_state
 from scmodelforge.data.store import missing_obs_column, to_vocabulary, warn_if_few
@@ -126,6 +127,7 @@ def check(source: Source, config: DataConfig | None = None, obs_columns: Sequenc
         If the file cannot be read, or the vocabulary or gene column does not exist.
     """
     config = config or DataConfig()
+    source = located(source, config)
     matrix = open_matrix(source, config.layer)
     species = species_of_matrices([matrix], config)
     vocab = resolve_vocab(config.gene_vocab, [matrix.var], config.gene_column, species)

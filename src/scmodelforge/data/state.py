@@ -10,11 +10,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from scmodelforge.data.h5ad import Matrix, Rows, matrix_places, open_matrix
+from scmodelforge.data.matrix import Matrix, Rows
+from scmodelforge.data.sources import matrix_places, open_matrix
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch
 
 SAMPLE_CELLS = 1000
+SAMPLE_CELLS_OF_ALL = 100_000  # where there are many files, less of each is looked at
+FEWEST_CELLS = 20
 LOG_MAX = 15.0  # natural or binary logarithms of counts stay below; counts and normalized values rarely do
 CONSTANT = 1e-3  # relative spread of cell totals below which they were made equal
 

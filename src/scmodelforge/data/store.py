@@ -16,8 +16,11 @@ import pandas as pd
 from scmodelforge.config import DataConfig
 from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch, MeasuredGenes
-from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
+from scmodelforge.data.h5ad import CACHE_BYTES
 from scmodelforge.data.kernels import cells_to_vocabulary
+from scmodelforge.data.matrix import Matrix, Rows
+from scmodelforge.data.open_files import MOST_OPEN
+from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
@@ -27,6 +30,7 @@ from scmodelforge.genes.vocab import GeneVocab
 log = logging.getLogger(__name__)
 
 FEW = 0.5  # share of counts on vocabulary genes below which something is probably wrong
+DESCRIBED = 20  # files of which `describe` writes a line
 ALL_CACHES_BYTES = 512 * 2**20  # shared by the chunk caches of all files
 
 
@@ -109,17 +113,20 @@ class CellStore:
             raise IndexError(f"rows must lie in [0, {self.n_cells})")
         file_of_row = np.searchsorted(self.offsets, rows, side="right") - 1
         order = np.argsort(file_of_row, kind="stable")
-        parts, libraries = [], []
-        for file in np.unique(file_of_row):
-            local = rows[order[file_of_row[order] == file]] - self.offsets[file]
-            part, library = self._read_file(int(file), local)
-            parts.append(part)
-            libraries.append(library)
+        by_file = file_of_row[order]
+        local = rows[order] - self.offsets[by_file]
+        starts = np.flatnonzero(np.diff(by_file, prepend=-1))
+        ends = [*starts[1:].tolist(), len(rows)]
+        parts = [
+            self._read_file(int(by_file[start]), local[start:end])
+            for start, end in zip(starts.tolist(), ends, strict=False)  # without rows there is no start
+        ]
         if len(parts) == 1:
-            block, library_size = parts[0], libraries[0]
+            block, library_size = parts[0]
         else:
             back = np.argsort(order)
-            block, library_size = _concatenate(parts).take(back), np.concatenate([*libraries, ()])[back]
+            block = _concatenate([part for part, _ in parts]).take(back)
+            library_size = np.concatenate([np.zeros(0), *(library for _, library in parts)])[back]
         obs = None if self.obs_codes is None else self.obs_codes[rows]
         measured = None
         if self.measured_sets is not None:
@@ -156,15 +163,27 @@ class CellStore:
             self.matrices[file].prefetch(rows[file_of_row == file] - self.offsets[file])
 
     def gene_report(self) -> pd.DataFrame:
-        """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`."""
-        tables = (match.table.assign(file=file) for file, match in zip(self.files, self.matches, strict=True))
+        """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`.
+
+        Files that have the same genes are listed once, under the name of the first.
+        """
+        alike: dict[int, list[str]] = {}
+        for file, match in zip(self.files, self.matches, strict=True):
+            alike.setdefault(id(match), []).append(file)
+        tables = []
+        for match in {id(match): match for match in self.matches}.values():
+            first, *more = alike[id(match)]
+            name = f"{first} and {len(more):,} more with the same genes" if more else first
+            tables.append(match.table.assign(file=name))
         report = pd.concat(tables, ignore_index=True)
         return report[["file", *report.columns.drop("file")]]
 
     def describe(self) -> list[str]:
         """Return a line for each file: its size, what it holds, and how much of it the vocabulary covers."""
         lines = []
-        for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True):
+        for matrix, match, sample in zip(
+            self.matrices[:DESCRIBED], self.matches[:DESCRIBED], self.sampled[:DESCRIBED], strict=True
+        ):
             line = (
                 f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
                 f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts"
@@ -174,6 +193,8 @@ class CellStore:
                     f"; {missing:,} of the {self.vocab.n_genes:,} genes of the vocabulary were not measured"
                 )
             lines.append(line)
+        if more := self.matrices[DESCRIBED:]:
+            lines.append(f"… and {len(more):,} more files with {sum(m.n_cells for m in more):,} cells")
         return lines
 
     def close(self) -> None:
@@ -216,21 +237,23 @@ def open_store(
     """
     if not sources:
         raise DataError("There are no cells: no data file is given (data.paths).")
-    cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * len(sources)))
-    matrices = [open_matrix(source, config.layer, cache) for source in sources]
-    matches = [
-        match_genes(matrix.var, vocab, config.gene_column, species)
-        for matrix, species in zip(matrices, species_of_matrices(matrices, config), strict=True)
-    ]
-    store = CellStore(matrices, matches, vocab)
-    for matrix, match in zip(matrices, matches, strict=True):
-        sample = state.sample_matrix(matrix, match)
+    cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * min(len(sources), MOST_OPEN)))
+    n_sampled = max(state.FEWEST_CELLS, min(state.SAMPLE_CELLS, state.SAMPLE_CELLS_OF_ALL // len(sources)))
+    matrices, sampled = [open_matrix(source, config.layer, cache) for source in sources], []
+    known_var: dict[tuple[int, str | None], GeneMatch] = {}  # by the frame, which files with the same genes share
+    matches = []
+    for matrix, species in zip(matrices, species_of_matrices(matrices, config), strict=True):
+        shared = id(matrix.var), species
+        match = known_var.get(shared) or match_genes(matrix.var, vocab, config.gene_column, species)
+        known_var[shared] = match
+        matches.append(match)
+        sample = state.sample_matrix(matrix, match, n_sampled)
         if require_counts:
             state.require_counts(matrix, sample.state)
         share, what = sample.share, "of its counts are on genes of the vocabulary"
         if selected_genes and match.n_genes and vocab.species in SPECIES:
             known = match_species(matrix.var, match.species or vocab.species, config.gene_column)
-            share = state.sample_matrix(matrix, known).share
+            share = state.sample_matrix(matrix, known, n_sampled).share
         elif selected_genes and match.n_genes:
             share, what = match.n_genes / vocab.n_genes, "is in it of the genes of the vocabulary"
         if share < config.min_gene_overlap:
@@ -240,7 +263,9 @@ def open_store(
                 f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
             )
         warn_if_few(matrix, match, vocab, share)
-        store.sampled.append(sample)
+        sampled.append(sample)
+    store = CellStore(matrices, matches, vocab)
+    store.sampled = sampled
     return store
 
 

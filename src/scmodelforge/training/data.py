@@ -13,8 +13,8 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
-from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians, select_hvg
+from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
@@ -71,10 +71,12 @@ class TrainingData:
 
 
 def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
-    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
-    sources = config.data.paths if sources is None else sources
-    matrices = [open_matrix(source, config.data.layer) for source in sources]
-    species = species_of_matrices(matrices, config.data)
+    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of the config's."""
+    sources = sources_of(config.data) if sources is None else sources
+    # Opening thousands of files takes a while.
+    needed = sources if config.data.gene_vocab == "from_data" else ()
+    matrices = [open_matrix(source, config.data.layer) for source in needed]
+    species = species_of_matrices(matrices, config.data) if matrices else ()
     var_frames = [matrix.var for matrix in matrices]
     vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column, species)
     return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
@@ -101,7 +103,7 @@ def prepare_data(
     DataError
         If files, genes or counts cannot be used, or no cell is left to train on.
     """
-    sources = [data] if data is not None else list(config.data.paths)
+    sources = [data] if data is not None else sources_of(config.data)
     if not sources:
         raise DataError("There are no cells to train on: data.paths is empty.")
     selected = config.data.preprocessing.hvg is not None
@@ -158,7 +160,7 @@ def prepare_given(
 ) -> tuple[ModelBundle, TrainingData]:
     """As `prepare_data`, for a model that brings its vocabulary; with `data.extend_vocab` it gets new genes."""
     n_genes = given.vocab.n_genes
-    given = extend_vocabulary(given, [data] if data is not None else config.data.paths, config)
+    given = extend_vocabulary(given, [data] if data is not None else sources_of(config.data), config)
     prepared = prepare_data(config, data, given.vocab)
     vocab = measure_new_medians(given.vocab, n_genes, prepared.store, prepared.train_rows, config)
     return replace(given, vocab=vocab), replace(prepared, vocab=vocab)

@@ -53,6 +53,11 @@ from scmodelforge.training.setup import (
 log = logging.getLogger(__name__)
 
 # What a resumed run must share with the interrupted one, beside data, tokenizer and model.
+MAY_DIFFER = (
+    "data.paths",
+    "data.cache_dir",
+    "data.cache_size_gb",
+)  # where the cells lie; which they are is checked
 FIXED_TRAINING_KEYS = tuple(
     f"training.{key}"
     for key in (
@@ -340,7 +345,7 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     problems = [
         f"{key}: {plain_value(asked.get(key))} in the config, {plain_value(had.get(key))} in the run"
         for key in asked | had  # a section that only one of them has is no key of the other
-        if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
+        if ((key.startswith(sections) and key not in MAY_DIFFER) or key.startswith(FIXED_TRAINING_KEYS))
         and asked.get(key) != had.get(key)
     ]
     devices = accelerator(config.training)[1]

@@ -1,0 +1,102 @@
+"""Where cells come from: what kind of source it is, and who opens it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import anndata as ad
+import h5py
+from anndata.abc import CSCDataset, CSRDataset
+
+from scmodelforge.config import DataConfig
+from scmodelforge.data.h5ad import CACHE_BYTES, h5ad_places, held_on_disk, open_h5ad
+from scmodelforge.data.matrix import Matrix, held_in_memory, no_matrix, place_of
+from scmodelforge.data.remote import Remote, is_url
+from scmodelforge.data.zarr import is_zarr, open_zarr, zarr_members, zarr_places
+
+Source: TypeAlias = str | Path | Remote | ad.AnnData
+
+
+def sources_of(config: DataConfig) -> list[Source]:
+    """The sources that a config names; collections as their members."""
+    return [member for path in config.paths for member in members(located(path, config))]
+
+
+def located(source: Source, config: DataConfig) -> Source:
+    """Give a URL the cache folder of the config; anything else stays what it is."""
+    if isinstance(source, str) and is_url(source):
+        return Remote(source, config.cache_dir, config.cache_size_gb)
+    return source
+
+
+def members(source: Source) -> list[Source]:
+    """The AnnData stores in a zarr collection; of anything else the source alone."""
+    if isinstance(source, ad.AnnData) or not _is_zarr(source):
+        return [source]
+    names = zarr_members(_local(source), str(source))
+    if isinstance(source, Remote):
+        return [replace(source, member=name) for name in names] or [source]
+    return [str(Path(source) / name) for name in names] or [source]
+
+
+def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CACHE_BYTES) -> Matrix:
+    """Open one matrix of a source without reading it.
+
+    Parameters
+    ----------
+    source
+        Path or URL of an .h5ad file or a .zarr store, or an AnnData (in memory, backed, or a view).
+    layer
+        None for X, "raw" for `.raw.X` (where there is none, a layer of that name), else the name of a layer.
+    cache_bytes
+        Largest size of the decompressed chunks kept in memory, for each of the arrays of a sparse matrix.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged or no AnnData, or has no such matrix, no cells or no genes.
+    """
+    if isinstance(source, ad.AnnData):
+        return _open_anndata(source, layer)
+    if _is_zarr(source):
+        return open_zarr(_local(source), source, layer)
+    return open_h5ad(_local(source), source, layer, cache_bytes)
+
+
+def matrix_places(source: Source) -> list[str | None]:
+    """Return what `layer` can be for this source: None for X, names of layers, "raw"; only what is there."""
+    if not isinstance(source, ad.AnnData):
+        places = zarr_places if _is_zarr(source) else h5ad_places
+        return places(_local(source), str(source))
+    layers, has_raw = list(source.layers), source.raw is not None
+    names = [layer for layer in layers if layer != "raw" or not has_raw]
+    return [None] * (source.X is not None) + names + ["raw"] * has_raw
+
+
+def _is_zarr(source: str | Path | Remote) -> bool:
+    """Told from the name where there is nothing to look at."""
+    if isinstance(source, Remote) or is_url(source):
+        return str(source).partition("?")[0].rstrip("/").endswith(".zarr") or bool(
+            getattr(source, "member", "")
+        )
+    return is_zarr(source) or (Path(source).suffix == ".zarr" and not Path(source).is_file())
+
+
+def _local(source: str | Path | Remote) -> Path:
+    if is_url(source):
+        source = Remote(str(source))
+    return source.local if isinstance(source, Remote) else Path(source)
+
+
+def _open_anndata(adata: ad.AnnData, layer: str | None) -> Matrix:
+    raw = layer == "raw" and adata.raw is not None
+    value = adata.raw.X if raw else adata.X if layer is None else adata.layers.get(layer)  # of a view: a copy
+    if value is None:
+        raise no_matrix("AnnData", layer, matrix_places(adata))
+    if isinstance(value, CSRDataset | CSCDataset):
+        value = value.group
+    read = held_on_disk if isinstance(value, h5py.Group | h5py.Dataset) else held_in_memory
+    held = read(value, "AnnData", place_of(layer))
+    return Matrix(adata, layer, held, adata.raw.var if raw else adata.var, obs=lambda: adata.obs)
