@@ -54,7 +54,7 @@ def two_files(counts):
     return open_store(sources, VOCAB, NO_MINIMUM, require_counts=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     counts=some_counts(),
     normalize=st.sampled_from(["library_size", "none"]),
@@ -85,7 +85,7 @@ def dense(store, rows):
     return counts.toarray(), cells.library_size.astype(np.float64)[:, None]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(counts=some_counts(), threads=st.integers(1, 3), block=st.sampled_from([1, 4, 512]))
 def test_means_and_variances_equal_numpy(counts, threads, block):
     store, rows = two_files(counts), np.arange(len(counts))

@@ -73,7 +73,7 @@ def test_variable_genes_are_scanpys_on_values_normalized_over_all_genes():
     assert len(chosen) == 100
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     counts=hnp.arrays(np.int64, st.tuples(st.integers(3, 40), st.just(30)), elements=st.integers(0, 6)),
     flavor=st.sampled_from(FLAVORS),

@@ -15,7 +15,7 @@ from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.store import CellStore
 
-BLOCK_CELLS = 512
+BLOCK_CELLS = 256
 
 Result = TypeVar("Result")
 

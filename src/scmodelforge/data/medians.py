@@ -17,13 +17,13 @@ import numpy as np
 from scmodelforge.data import statistics_kernels as kernels
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.preprocess import Normalize
+from scmodelforge.data.statistics_kernels import TOP
 
-BINS = 512  # per gene; in the first pass 16 an octave from 2**-16 to 2**16, the outer two open
-FIRST_SHIFT = 48
+BINS = 256  # per gene; in the first pass 8 an octave from 2**-16 to 2**16, the outer two open
+FIRST_SHIFT = 49
 FIRST_EDGE = int(np.float64(2.0**-16).view(np.int64))
-TOP = np.iinfo(np.int64).max  # above the bits of every finite float
-MAX_TABLES = 2  # more threads than tables take turns at counting, which is a third of a pass
-MAX_COLLECTED = 8_000_000  # values held at once by the last pass
+MAX_TABLES = 2  # more threads than tables take turns at counting, which is half of a pass
+MAX_COLLECTED = 4_000_000  # values held at once by the last pass
 
 Result = TypeVar("Result")
 

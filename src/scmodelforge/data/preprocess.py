@@ -13,7 +13,8 @@ Normalize: TypeAlias = Literal["library_size", "none"]
 
 def normalized(cells: CellBatch, target_sum: float, normalize: Normalize) -> np.ndarray:
     """Return counts / library size × `target_sum`, or the counts as they are: float64 (nnz)."""
-    counts = cells.counts.astype(np.float64)
-    if normalize == "none":
-        return counts
-    return counts / np.repeat(cells.library_size.astype(np.float64), cells.n_genes_per_cell) * target_sum
+    values = cells.counts.astype(np.float64)
+    if normalize == "library_size":
+        values /= np.repeat(cells.library_size.astype(np.float64), cells.n_genes_per_cell)
+        values *= target_sum
+    return values

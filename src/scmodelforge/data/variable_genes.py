@@ -61,9 +61,8 @@ def select_hvg(
     """
 
     def values(cells: CellBatch) -> np.ndarray:
-        logged = np.log1p(normalized(cells, preprocessing.target_sum, preprocessing.normalize)).astype(
-            np.float32
-        )
+        values = normalized(cells, preprocessing.target_sum, preprocessing.normalize)
+        logged = np.log1p(values, out=values).astype(np.float32)
         return np.expm1(logged, out=logged) if hvg.flavor == "seurat" else logged
 
     moments = gene_moments(store, rows, values, threads)
