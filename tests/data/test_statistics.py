@@ -110,7 +110,7 @@ def test_means_and_variances_equal_numpy(counts, threads, block):
     assert table.gene_id.tolist() == store.vocab.gene_ids.tolist()
 
 
-def test_nothing_depends_on_the_number_of_threads(monkeypatch):
+def test_many_cells_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_CELLS", 7)
     monkeypatch.setattr(medians, "MAX_COLLECTED", 20)
     rng = np.random.default_rng(0)
@@ -118,6 +118,7 @@ def test_nothing_depends_on_the_number_of_threads(monkeypatch):
     first, *others = [
         gene_statistics(store, np.arange(200), Preprocessing(), threads) for threads in (1, 2, 3, 8)
     ]
+    np.testing.assert_array_equal(first.medians, numpy_medians(store, np.arange(200), 10_000, "library_size"))
     for other in others:
         np.testing.assert_array_equal(other.medians, first.medians)
         np.testing.assert_array_equal(other.logged.means, first.logged.means)
