@@ -22,7 +22,7 @@ from scmodelforge.strategies import require_allowed
 
 
 class HighlyVariableGenes(Section):
-    """Keep only the most variable genes, chosen by scanpy on training cells."""
+    """Keep only the most variable genes of the training cells, those that scanpy selects."""
 
     n_top_genes: int = Field(ge=1, description="How many genes to keep in the vocabulary.")
     flavor: Literal["seurat", "cell_ranger"] = Field(

@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.stats import spearmanr
 
 from scmodelforge.config import Config, DataConfig, Preprocessing, TokenizerConfig
-from scmodelforge.data.preprocess import gene_medians
+from scmodelforge.data.statistics import gene_medians
 from scmodelforge.data.store import open_store
 from scmodelforge.genes.vocab import predefined
 from scmodelforge.tokenizers.base import build_tokenizer

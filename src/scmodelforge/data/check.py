@@ -16,10 +16,10 @@ import pandas as pd
 from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.matrix import Matrix
-from scmodelforge.data.preprocess import QUANTILES
 from scmodelforge.data.sources import Source, located, matrix_places, open_matrix
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.state import locate, matrix_state
+from scmodelforge.data.statistics import quantiles
 from scmodelforge.data.store import missing_obs_column, to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
@@ -198,8 +198,8 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         n_without_genes=int((cells.n_genes == 0).sum()),
         n_vocabulary=vocab.n_genes,
         n_measured=match.n_genes,
-        genes_per_cell=_quantiles(cells.n_genes),
-        library_size=_quantiles(cells.library),
+        genes_per_cell=quantiles(cells.n_genes),
+        library_size=quantiles(cells.library),
         columns=columns,
         problems=problems,
         suggestions=_suggest(matrix, best_layer, columns),
@@ -237,12 +237,8 @@ def _full_pass(matrix: Matrix, match: GeneMatch) -> _Cells:
     return _Cells(library, n_genes, inside, n_bad, first_bad)
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    return {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
-
-
-def _quantile_text(quantiles: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items())
+def _quantile_text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
 
 
 def _class_text(counts: dict[str, int]) -> str:

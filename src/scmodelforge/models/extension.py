@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from scmodelforge.config import Config
-from scmodelforge.data.preprocess import gene_medians
 from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.data.species import species_of_matrices
+from scmodelforge.data.statistics import gene_medians
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.genes.embeddings import read_gene_embeddings
@@ -145,7 +145,9 @@ def measure_new_medians(
     if vocab.medians is None or vocab.n_genes == n_before:
         return vocab
     preprocessing = config.data.preprocessing
-    measured, _ = gene_medians(store, rows, preprocessing.target_sum, preprocessing.normalize)
+    measured, _ = gene_medians(
+        store, rows, preprocessing.target_sum, preprocessing.normalize, config.training.loader_threads
+    )
     medians = vocab.medians.copy()
     medians[n_before:] = measured[n_before:]
     if unseen := int(np.isnan(medians[n_before:]).sum()):

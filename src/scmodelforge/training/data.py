@@ -13,11 +13,12 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
-from scmodelforge.data.preprocess import gene_medians, select_hvg
 from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.split import split_cells
+from scmodelforge.data.statistics import gene_medians
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
+from scmodelforge.data.variable_genes import select_hvg
 from scmodelforge.errors import DataError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
 from scmodelforge.models.bundle import ModelBundle
@@ -117,9 +118,9 @@ def prepare_data(
         raise DataError(problem[0].upper() + problem[1:])
     prepared = _split(config, store, vocab)
 
-    preprocessing = config.data.preprocessing
+    preprocessing, threads = config.data.preprocessing, config.training.loader_threads
     if preprocessing.hvg is not None:
-        kept = select_hvg(store, prepared.train_rows, preprocessing.hvg, preprocessing, config.training.seed)
+        kept = select_hvg(store, prepared.train_rows, preprocessing.hvg, preprocessing, threads)
         vocab = vocab.subset(kept)
         prepared = replace(
             prepared, store=open_store(sources, vocab, config.data, selected_genes=True), vocab=vocab
@@ -134,7 +135,7 @@ def prepare_data(
     if config.tokenizer.gene_medians == "from_data":
         log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")
         medians, statistics = gene_medians(
-            prepared.store, prepared.train_rows, preprocessing.target_sum, preprocessing.normalize
+            prepared.store, prepared.train_rows, preprocessing.target_sum, preprocessing.normalize, threads
         )
         n_empty = len(statistics.empty_rows)
         if n_empty == len(prepared.train_rows):
