@@ -115,7 +115,7 @@ def raw_gather(path: str) -> dict[str, float]:
                 end += 1
         return end
 
-    from scmodelforge.data.h5ad import open_matrix
+    from scmodelforge.data.sources import open_matrix
 
     held, _ = open_matrix(path).arrays(np.arange(1))
     order = np.random.default_rng(0).permutation(len(held.indptr) - 1)

@@ -21,8 +21,8 @@ from anndata import AnnData
 from anndata.io import write_elem
 
 from scmodelforge.config import Config, DataConfig
-from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.loader import BatchLoader
+from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.data.store import CellStore, obs_categories, open_store
 from scmodelforge.errors import DataError, ModelError
 from scmodelforge.files import atomic_path, ensure_target

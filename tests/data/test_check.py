@@ -11,7 +11,7 @@ from scipy import sparse
 from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import starter_yaml
 from scmodelforge.data.check import check, check_data
-from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.state import matrix_state, require_counts
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError

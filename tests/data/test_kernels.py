@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from scmodelforge.config import DataConfig
-from scmodelforge.data.h5ad import Rows, open_matrix
+from scmodelforge.data.matrix import Rows
+from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.store import open_store, to_vocabulary
 from tests.helpers import make_vocab, marker_cells
 

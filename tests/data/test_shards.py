@@ -12,8 +12,8 @@ from scipy import sparse
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data import shards
-from scmodelforge.data.h5ad import open_matrix
 from scmodelforge.data.shards import shard_paths, verify_shards, write_shards
+from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
 from tests.helpers import make_vocab, marker_cells

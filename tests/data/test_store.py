@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from scmodelforge.config import DataConfig
-from scmodelforge.data import h5ad
-from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data import h5ad, matrix
+from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
 from scmodelforge.genes.vocab import predefined
@@ -152,7 +152,7 @@ def test_csc_is_converted_in_blocks_and_said(tmp_path, monkeypatch, caplog):
 
 
 def test_dense_is_read_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(h5ad, "DENSE_BYTES", 200)
+    monkeypatch.setattr(matrix, "DENSE_BYTES", 200)
     counts = np.random.default_rng(1).poisson(0.7, size=(20, 15))
     source, _ = store_as("dense", counts, np.arange(15), tmp_path)
     rows = np.random.default_rng(2).integers(0, 20, 40)

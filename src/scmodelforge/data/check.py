@@ -15,8 +15,9 @@ import pandas as pd
 
 from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
-from scmodelforge.data.h5ad import Matrix, Source, matrix_places, open_matrix
+from scmodelforge.data.matrix import Matrix
 from scmodelforge.data.preprocess import QUANTILES
+from scmodelforge.data.sources import Source, matrix_places, open_matrix
 from scmodelforge.data.state import locate, matrix_state
 from scmodelforge.data.store import missing_obs_column, to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from scmodelforge.config import DataConfig
-from scmodelforge.data.h5ad import LIBRARY_SIZE
+from scmodelforge.data.matrix import LIBRARY_SIZE
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path, ensure_writable, write_text

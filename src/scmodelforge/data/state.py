@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from scmodelforge.data.h5ad import Matrix, Rows, matrix_places, open_matrix
+from scmodelforge.data.matrix import Matrix, Rows
+from scmodelforge.data.sources import matrix_places, open_matrix
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch
 

@@ -16,8 +16,10 @@ import pandas as pd
 from scmodelforge.config import DataConfig
 from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch
-from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
+from scmodelforge.data.h5ad import CACHE_BYTES
 from scmodelforge.data.kernels import cells_to_vocabulary
+from scmodelforge.data.matrix import Matrix, Rows
+from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
 from scmodelforge.genes.tables import SPECIES

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from scmodelforge import registry
 from scmodelforge.config import Config, EmbeddingQualitySpec
-from scmodelforge.data.h5ad import open_matrix
+from scmodelforge.data.sources import open_matrix
 from scmodelforge.errors import require_extra
 from scmodelforge.evaluation.baselines import pca_embedding
 from scmodelforge.evaluation.embedding_quality import quality_cells

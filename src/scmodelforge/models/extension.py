@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from scmodelforge.config import Config
-from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians
+from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.genes.embeddings import read_gene_embeddings

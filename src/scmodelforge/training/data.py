@@ -13,8 +13,8 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
-from scmodelforge.data.h5ad import Source, open_matrix
 from scmodelforge.data.preprocess import gene_medians, select_hvg
+from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
 from scmodelforge.errors import DataError
