@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmodelforge.data.blocks import BlockCache, by_runs
-from scmodelforge.data.h5ad import Rows
+from scmodelforge.data.matrix import Rows
 from scmodelforge.errors import DataError
 
 N_ROWS, BLOCK = 1000, 10
@@ -44,7 +44,7 @@ def assert_same(got: Rows, expected: Rows) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, N_ROWS - 1), max_size=80), min_size=1, max_size=6),
     st.integers(1, 400),

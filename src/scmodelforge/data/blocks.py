@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from scmodelforge.data.h5ad import Rows
+from scmodelforge.data.matrix import Rows
 from scmodelforge.errors import UserError
 
 BLOCK_CELLS = 64  # small, so that a run of rows of the order that begins anywhere touches little beside it
