@@ -127,6 +127,8 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.preprocessing.target_sum", "data.preprocessing.normalize is none"
     if not data.split.val_split:
         yield "data.split.group_key", "data.split.val_split is 0"
+    if data.census is not None and data.census.uri is not None:
+        yield "data.census.version", "data.census.uri says which Census is read"
 
 
 def _of_tokenizer(config: Config) -> Iterator[tuple[str, str]]:

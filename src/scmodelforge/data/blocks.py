@@ -98,6 +98,12 @@ class BlockCache:
         )  # of each wanted row in the parts
         return _concatenate(parts).take(place[inverse])
 
+    def make_room_for(self, rows: np.ndarray) -> None:
+        """Let twice the blocks of these rows stay from now on, and one read beside them, if that is more than now."""
+        n_blocks = len(np.unique(np.asarray(rows, dtype=np.int64) // self.block_cells))
+        with self._changed:
+            self.capacity = max(self.capacity, 2 * n_blocks + self.per_read)
+
     def prefetch(self, rows: np.ndarray) -> None:
         """Start to read the blocks of these rows in a thread, as many as fit; errors are raised when they are taken."""
         blocks = np.unique(np.asarray(rows, dtype=np.int64) // self.block_cells)[: self.capacity]

@@ -9,10 +9,18 @@ import anndata as ad
 import h5py
 from anndata.abc import CSCDataset, CSRDataset
 
+from scmodelforge.config import DataConfig
+from scmodelforge.config_census import CensusConfig
+from scmodelforge.data.census import open_census
 from scmodelforge.data.h5ad import CACHE_BYTES, h5ad_places, held_on_disk, open_h5ad
 from scmodelforge.data.matrix import Matrix, held_in_memory, no_matrix, place_of
 
-Source: TypeAlias = str | Path | ad.AnnData
+Source: TypeAlias = str | Path | ad.AnnData | CensusConfig
+
+
+def sources_of(config: DataConfig) -> list[Source]:
+    """The sources that a config names."""
+    return [config.census] if config.source == "census" and config.census else list(config.paths)
 
 
 def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CACHE_BYTES) -> Matrix:
@@ -21,7 +29,7 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     Parameters
     ----------
     source
-        Path of an .h5ad file, or an AnnData (in memory, backed, or a view).
+        Path of an .h5ad file, an AnnData (in memory, backed, or a view), or cells of the Census.
     layer
         None for X, "raw" for `.raw.X` (where there is none, a layer of that name), else the name of a layer.
     cache_bytes
@@ -32,15 +40,17 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     DataError
         If the file is missing, damaged or no AnnData, or has no such matrix, no cells or no genes.
     """
-    return (
-        _open_anndata(source, layer)
-        if isinstance(source, ad.AnnData)
-        else open_h5ad(source, layer, cache_bytes)
-    )
+    if isinstance(source, CensusConfig):
+        return open_census(source)
+    if isinstance(source, ad.AnnData):
+        return _open_anndata(source, layer)
+    return open_h5ad(source, layer, cache_bytes)
 
 
 def matrix_places(source: Source) -> list[str | None]:
     """Return what `layer` can be for this source: None for X, names of layers, "raw"; only what is there."""
+    if isinstance(source, CensusConfig):
+        return [None]
     if not isinstance(source, ad.AnnData):
         return h5ad_places(source)
     layers, has_raw = list(source.layers), source.raw is not None

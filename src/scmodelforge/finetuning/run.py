@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.sources import sources_of
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError, ModelError, require_extra
@@ -96,7 +97,7 @@ def finetune(
         plain = resumed[CHECKPOINT_KEY] if resumed else None
         folders = choose_folders(config.training, plain)
 
-        sources: list = [data] if data is not None else list(config.data.paths)
+        sources: list = [data] if data is not None else sources_of(config.data)
         if not sources:
             raise DataError("There are no cells to fine-tune on: data.paths is empty.")
         n_genes = pretrained.vocab.n_genes

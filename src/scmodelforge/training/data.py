@@ -13,8 +13,10 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
+from scmodelforge.config_census import CensusConfig
+from scmodelforge.data.census import census_facts
 from scmodelforge.data.preprocess import gene_medians, select_hvg
-from scmodelforge.data.sources import Source, open_matrix
+from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
 from scmodelforge.errors import DataError
@@ -49,6 +51,7 @@ class TrainingData:
         digest.update(some.counts.tobytes())
         return {
             "files": [str(name) for name in self.store.files],
+            **self._census,
             "n_cells": self.store.n_cells,
             "n_train": len(self.train_rows),
             "n_val": len(self.val_rows),
@@ -56,8 +59,16 @@ class TrainingData:
             "vocabulary": self.vocab.fingerprint,
         }
 
+    @property
+    def _census(self) -> dict[str, Any]:
+        sources = [matrix.source for matrix in self.store.matrices]
+        facts = [census_facts(source) for source in sources if isinstance(source, CensusConfig)]
+        return {"census": facts[0]} if facts else {}
+
     def read_through(self) -> None:
         """Read every cell once, so that a broken one is found before training starts.
+
+        Not where that would take long (the Census): there each cell is checked as training reads it.
 
         Raises
         ------
@@ -65,13 +76,15 @@ class TrainingData:
             If a count is negative or not finite; file, cell and gene are named.
         """
         rows = np.sort(np.concatenate([self.train_rows, self.val_rows]))
+        quick = np.array([matrix.shuffle_buffer is None for matrix in self.store.matrices])
+        rows = rows[quick[np.searchsorted(self.store.offsets, rows, side="right") - 1]]
         for start in range(0, len(rows), BLOCK_CELLS):
             self.store.read(rows[start : start + BLOCK_CELLS])
 
 
 def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
-    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
-    sources = config.data.paths if sources is None else sources
+    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of the config's."""
+    sources = sources_of(config.data) if sources is None else sources
     var_frames = [open_matrix(source, config.data.layer).var for source in sources]
     vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
     return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
@@ -98,7 +111,7 @@ def prepare_data(
     DataError
         If files, genes or counts cannot be used, or no cell is left to train on.
     """
-    sources = [data] if data is not None else list(config.data.paths)
+    sources = [data] if data is not None else sources_of(config.data)
     if not sources:
         raise DataError("There are no cells to train on: data.paths is empty.")
     selected = config.data.preprocessing.hvg is not None
@@ -128,6 +141,11 @@ def prepare_data(
         return replace(prepared, vocab=vocab.with_medians(None))
     if config.tokenizer.gene_medians == "from_data":
         log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")
+        if config.data.source == "census":
+            log.warning(
+                "For the gene medians all training cells are read three times over. To spare that, train on shards of "
+                "these cells (scmodelforge shard), or name a table: tokenizer.gene_medians."
+            )
         medians, statistics = gene_medians(
             prepared.store, prepared.train_rows, preprocessing.target_sum, preprocessing.normalize
         )
@@ -155,7 +173,7 @@ def prepare_given(
 ) -> tuple[ModelBundle, TrainingData]:
     """As `prepare_data`, for a model that brings its vocabulary; with `data.extend_vocab` it gets new genes."""
     n_genes = given.vocab.n_genes
-    given = extend_vocabulary(given, [data] if data is not None else config.data.paths, config)
+    given = extend_vocabulary(given, [data] if data is not None else sources_of(config.data), config)
     prepared = prepare_data(config, data, given.vocab)
     vocab = measure_new_medians(given.vocab, n_genes, prepared.store, prepared.train_rows, config)
     return replace(given, vocab=vocab), replace(prepared, vocab=vocab)

@@ -66,6 +66,11 @@ FIXED_TRAINING_KEYS = tuple(
     )
 )
 
+WHERE_CELLS_LIE = (
+    "data.paths",
+    "data.census.uri",
+)  # may have moved; that they are the same is checked by itself
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -339,7 +344,7 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     problems = [
         f"{key}: {plain_value(asked[key])} in the config, {plain_value(had.get(key))} in the run"
         for key in asked
-        if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
+        if ((key.startswith(sections) and key not in WHERE_CELLS_LIE) or key.startswith(FIXED_TRAINING_KEYS))
         and asked[key] != had.get(key)
     ]
     devices = accelerator(config.training)[1]
@@ -388,6 +393,6 @@ def check_same_cells(prepared: TrainingData, plain: dict[str, Any], where: str) 
     if had["train_cells"] != have["train_cells"]:
         raise ModelError(
             f"The run in '{where}' trained on {had['n_train']:,} of {had['n_cells']:,} cells; this config gives "
-            f"{have['n_train']:,} of {have['n_cells']:,}, and not the same ones. Resume with the same data.paths, "
-            "data.split and training.seed."
+            f"{have['n_train']:,} of {have['n_cells']:,}, and not the same ones. Resume with the same data.paths (or "
+            "data.census), data.split and training.seed."
         )
