@@ -18,6 +18,7 @@ from scmodelforge.data.census import census_facts
 from scmodelforge.data.preprocess import gene_medians, select_hvg
 from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.split import split_cells
+from scmodelforge.data.state import evenly
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
@@ -46,7 +47,10 @@ class TrainingData:
         It hashes the names of all training cells and the counts of some of them.
         """
         digest = hashlib.sha256("\n".join(self.store.obs.index[self.train_rows].astype(str)).encode())
-        some = self.store.read(self.train_rows[:: max(1, len(self.train_rows) // CELLS_TO_HASH)])
+        chosen = self.train_rows[:: max(1, len(self.train_rows) // CELLS_TO_HASH)]
+        if any(matrix.shuffle_buffer for matrix in self.store.matrices):
+            chosen = self.train_rows[evenly(len(self.train_rows), CELLS_TO_HASH, in_runs=True)]
+        some = self.store.read(chosen)
         digest.update(some.library_size.tobytes())
         digest.update(some.counts.tobytes())
         return {
@@ -180,5 +184,10 @@ def prepare_given(
 
 
 def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:
+    if config.data.source == "census" and config.data.split.val_split and config.data.split.group_key is None:
+        log.warning(
+            "Single cells from everywhere validate (data.split.group_key: null), and to read them nearly all cells of the "
+            "Census are read. Name a column whose groups lie together: dataset_id or donor_id."
+        )
     train_rows, val_rows = split_cells(store.obs, config.data.split, config.training.seed)
     return TrainingData(store, vocab, train_rows, val_rows)
