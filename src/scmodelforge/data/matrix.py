@@ -34,6 +34,10 @@ class Rows(NamedTuple):
     indices: np.ndarray
     data: np.ndarray
 
+    def in_place(self) -> Rows:
+        """Return itself: arrays in memory need no reading."""
+        return self
+
     def keep(self, entries: np.ndarray) -> Rows:
         """Return the entries where the bool array (nnz) is true."""
         return Rows(offsets(entries)[self.indptr], self.indices[entries], self.data[entries])
@@ -50,6 +54,12 @@ class Reader(Protocol):
 
     def take(self, rows: np.ndarray) -> Rows:
         """Return the given rows (int64) in the given order; callable from several threads."""
+
+
+@runtime_checkable
+class _InPlace(Protocol):
+    def in_place(self) -> Rows:
+        """Return the whole matrix without reading it."""
 
 
 @runtime_checkable
@@ -112,6 +122,7 @@ class Matrix:
         self.var = var
         self.shuffle_buffer, self.block_cells = shuffle_buffer, block_cells
         self._reader, (self.n_cells, self.n_genes), self.storage = held
+        self._in_place = held.reader.in_place if isinstance(held.reader, _InPlace) else None
         self._read_obs, self._read_library_size, self._close = obs, library_size, close
         if len(var) != self.n_genes:
             raise damaged(self.name, f"{self.place} has {self.n_genes:,} columns, var {len(var):,} rows")
@@ -179,8 +190,13 @@ class Matrix:
         DataError
             If the file is damaged there.
         """
-        if isinstance(self._reader, Rows) and all(map(_computable, self._reader)):
-            return self._reader, rows
+        if self._in_place is not None:
+            try:
+                held = self._in_place()
+            except OSError as error:
+                raise damaged(self.name, f"{self.place} cannot be read ({error})") from error
+            if all(map(_computable, held)):
+                return held, rows
         block = self._take(rows)
         if not all(map(_computable, block)):
             block = Rows(block.indptr, block.indices.astype(np.int32), block.data.astype(np.float32))

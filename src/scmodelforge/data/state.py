@@ -17,6 +17,8 @@ from scmodelforge.genes.identifiers import GeneMatch
 
 SAMPLE_CELLS = 1000
 RUN = 64  # neighbours that are sampled together where single cells are read slowly
+SAMPLE_CELLS_OF_ALL = 100_000  # where there are many files, less of each is looked at
+FEWEST_CELLS = 20
 LOG_MAX = 15.0  # natural or binary logarithms of counts stay below; counts and normalized values rarely do
 CONSTANT = 1e-3  # relative spread of cell totals below which they were made equal
 

@@ -19,6 +19,7 @@ from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.h5ad import CACHE_BYTES
 from scmodelforge.data.kernels import cells_to_vocabulary
 from scmodelforge.data.matrix import Matrix, Rows
+from scmodelforge.data.open_files import MOST_OPEN
 from scmodelforge.data.sources import Source, open_matrix
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
@@ -103,17 +104,20 @@ class CellStore:
             raise IndexError(f"rows must lie in [0, {self.n_cells})")
         file_of_row = np.searchsorted(self.offsets, rows, side="right") - 1
         order = np.argsort(file_of_row, kind="stable")
-        parts, libraries = [], []
-        for file in np.unique(file_of_row):
-            local = rows[order[file_of_row[order] == file]] - self.offsets[file]
-            part, library = self._read_file(int(file), local)
-            parts.append(part)
-            libraries.append(library)
+        by_file = file_of_row[order]
+        local = rows[order] - self.offsets[by_file]
+        starts = np.flatnonzero(np.diff(by_file, prepend=-1))
+        ends = [*starts[1:].tolist(), len(rows)]
+        parts = [
+            self._read_file(int(by_file[start]), local[start:end])
+            for start, end in zip(starts.tolist(), ends, strict=False)  # without rows there is no start
+        ]
         if len(parts) == 1:
-            block, library_size = parts[0], libraries[0]
+            block, library_size = parts[0]
         else:
             back = np.argsort(order)
-            block, library_size = _concatenate(parts).take(back), np.concatenate([*libraries, ()])[back]
+            block = _concatenate([part for part, _ in parts]).take(back)
+            library_size = np.concatenate([np.zeros(0), *(library for _, library in parts)])[back]
         obs = None if self.obs_codes is None else self.obs_codes[rows]
         return CellBatch(block.indptr, block.indices, block.data, library_size.astype(np.float32), rows, obs)
 
@@ -180,18 +184,22 @@ def open_store(
     """
     if not sources:
         raise DataError("There are no cells: no data file is given (data.paths).")
-    cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * len(sources)))
-    matrices = [open_matrix(source, config.layer, cache) for source in sources]
-    matches = [match_genes(matrix.var, vocab, config.gene_column) for matrix in matrices]
-    store = CellStore(matrices, matches, vocab)
-    for matrix, match in zip(matrices, matches, strict=True):
-        sample = state.sample_matrix(matrix, match)
+    cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * min(len(sources), MOST_OPEN)))
+    n_sampled = max(state.FEWEST_CELLS, min(state.SAMPLE_CELLS, state.SAMPLE_CELLS_OF_ALL // len(sources)))
+    matrices, sampled = [], []
+    known_var: dict[int, GeneMatch] = {}  # by the frame, which files with the same genes share
+    for source in sources:
+        matrix = open_matrix(source, config.layer, cache)
+        matrices.append(matrix)
+        match = known_var.get(id(matrix.var)) or match_genes(matrix.var, vocab, config.gene_column)
+        known_var[id(matrix.var)] = match
+        sample = state.sample_matrix(matrix, match, n_sampled)
         if require_counts:
             state.require_counts(matrix, sample.state)
         share, what = sample.share, "of its counts are on genes of the vocabulary"
         if selected_genes and match.n_genes and vocab.species in SPECIES:
             known = match_species(matrix.var, vocab.species, config.gene_column)
-            share = state.sample_matrix(matrix, known).share
+            share = state.sample_matrix(matrix, known, n_sampled).share
         elif selected_genes and match.n_genes:
             share, what = match.n_genes / vocab.n_genes, "is in it of the genes of the vocabulary"
         if share < config.min_gene_overlap:
@@ -201,7 +209,9 @@ def open_store(
                 f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
             )
         warn_if_few(matrix, match, vocab, share)
-        store.sampled.append(sample)
+        sampled.append(sample)
+    store = CellStore(matrices, [known_var[id(matrix.var)] for matrix in matrices], vocab)
+    store.sampled = sampled
     return store
 
 

@@ -375,7 +375,7 @@ def _from_data(var_frames: Sequence[pd.DataFrame], column: str | None) -> GeneVo
             "data.gene_vocab: from_data takes the genes from the data, but data.paths is empty."
         )
     parts = []
-    for var in var_frames:
+    for var in {id(var): var for var in var_frames}.values():  # files with the same genes share a frame
         match = max((match_species(var, species, column) for species in SPECIES), key=lambda m: m.n_genes)
         genes, known = match.table, match.gene_index >= 0
         own = clean_ensembl_ids(genes.used)

@@ -89,7 +89,10 @@ class TrainingData:
 def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
     """The vocabulary that a config names, before genes are selected in it; `sources`: instead of the config's."""
     sources = sources_of(config.data) if sources is None else sources
-    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
+    needed = (
+        sources if config.data.gene_vocab == "from_data" else ()
+    )  # opening thousands of files takes a while
+    var_frames = [open_matrix(source, config.data.layer).var for source in needed]
     vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
     return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
 
@@ -186,8 +189,8 @@ def prepare_given(
 def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:
     if config.data.source == "census" and config.data.split.val_split and config.data.split.group_key is None:
         log.warning(
-            "Single cells from everywhere validate (data.split.group_key: null), and to read them nearly all cells of the "
-            "Census are read. Name a column whose groups lie together: dataset_id or donor_id."
+            "Single cells from everywhere validate (data.split.group_key: null), and to read them nearly all cells of "
+            "the Census are read. Name a column whose groups lie together: dataset_id or donor_id."
         )
     train_rows, val_rows = split_cells(store.obs, config.data.split, config.training.seed)
     return TrainingData(store, vocab, train_rows, val_rows)
