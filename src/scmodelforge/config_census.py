@@ -55,6 +55,11 @@ class CensusConfig(Section):
         description="obs columns to read: what groups, labels and tokens are made of.",
     )
 
+    @field_validator("organism")
+    @classmethod
+    def _as_written_there(cls, value: str) -> str:
+        return value.strip().lower().replace(" ", "_")
+
     @field_validator("obs_value_filter")
     @classmethod
     def _expression(cls, value: str | None) -> str | None:

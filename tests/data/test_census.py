@@ -132,6 +132,16 @@ def test_real_cells(real_data: Path, tmp_path: Path):
     assert matrix.obs["cell_type"].tolist() == obs["cell_type"].tolist()
 
 
+def test_a_checksum_stands_for_the_cells(cells, uri, tmp_path):
+    def sha256(**query) -> str:
+        return census_module.census_sha256(CensusConfig(**{"uri": uri, **ALL, **query}))
+
+    copy = write_census(tmp_path / "copy", homo_sapiens=cells)
+    assert sha256() == sha256(uri=copy) == sha256(tissue_general=["lung", "blood"])  # all there are
+    others = [sha256(tissue_general=["lung"]), sha256(obs_columns=["nnz"]), sha256(organism="mus_musculus")]
+    assert len({sha256(), *others}) == 4
+
+
 # --- memory and threads -------------------------------------------------------------------------------
 
 
@@ -197,7 +207,7 @@ def test_threads_read_side_by_side(cells, uri, monkeypatch):
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ({"organism": "homo sapien"}, ["no 'homo sapien'", "did you mean 'homo_sapiens'", "mus_musculus"]),
+        ({"organism": "homo sapien"}, ["no 'homo_sapien'", "did you mean 'homo_sapiens'", "mus_musculus"]),
         (
             {"obs_columns": ["celltype"]},
             ["obs_columns", "'celltype'", "did you mean 'cell_type'", "donor_id"],

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ SHUFFLE_BUFFER = 65_536  # cells, as TileDB-SOMA-ML, the Census' own loader, has
 # cost nearly as much as many: of a local copy blocks of 64 came at 3,400 cells a second of one core, blocks of 512 at
 # 7,800 and cells in order at 13,800 (1,000 counts each).
 NEIGHBOURS = 512
-STEP_BYTES = 64 * 2**20  # of each column that TileDB hands over at a time
+STEP_BYTES = 16 * 2**20  # of each column that TileDB hands over at a time
 GENES = ["feature_id", "feature_name"]
 
 
@@ -65,6 +67,18 @@ def open_census(config: CensusConfig) -> Matrix:
 def census_facts(config: CensusConfig) -> dict[str, Any]:
     """What a run should record of its cells: address, release, filter, numbers of cells and data sets."""
     return dict(_query_of(config).facts)
+
+
+def census_sha256(config: CensusConfig) -> str:
+    """Stand for the cells as a file's checksum does: release, organism, the cells' numbers, and columns of obs.
+
+    Not where a copy lies, and not how the cells were asked for.
+    """
+    query = _query_of(config)
+    about = [query.facts[key] for key in ("release", "schema", "organism")]
+    digest = hashlib.sha256(json.dumps([*about, list(query.obs)]).encode())
+    digest.update(query.obs.index.to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Query(NamedTuple):
@@ -191,13 +205,12 @@ def _experiment(census: Any, organism: str, uri: str) -> Any:
             "data.census.uri is the folder or address above census_data and census_info."
         )
     organisms = census["census_data"]
-    name = organism.strip().lower().replace(" ", "_")
-    if name not in organisms:
+    if organism not in organisms:
         raise DataError(
-            f"data.census.organism: the Census has no '{organism}'{_near(name, list(organisms))}; it has "
+            f"data.census.organism: the Census has no '{organism}'{_near(organism, list(organisms))}; it has "
             f"{', '.join(sorted(organisms))}."
         )
-    return organisms[name]
+    return organisms[organism]
 
 
 def _summary(census: Any) -> dict[str, str]:

@@ -29,7 +29,7 @@ import pandas as pd
 
 from scmodelforge.config import DataConfig
 from scmodelforge.config_census import CensusConfig
-from scmodelforge.data.census import census_facts
+from scmodelforge.data.census import census_sha256
 from scmodelforge.data.matrix import LIBRARY_SIZE
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
@@ -221,7 +221,7 @@ def _convert_file(
     settings: dict[str, Any],
 ) -> list[ShardRecord]:
     """Write all shards of one file that are not there yet."""
-    source_sha256 = _census_sha256(path) if isinstance(path, CensusConfig) else _sha256(Path(path))
+    source_sha256 = census_sha256(path) if isinstance(path, CensusConfig) else _sha256(Path(path))
     store = open_store([path], vocab, config)
     columns = settings["obs_columns"]
     if missing := [name for name in columns or () if name not in store.obs]:
@@ -318,12 +318,6 @@ def _smallest(largest: float) -> np.dtype:
         if largest <= np.iinfo(dtype).max:
             return np.dtype(dtype)
     return np.dtype(np.uint32 if largest < 2**24 else np.float32)
-
-
-def _census_sha256(census: CensusConfig) -> str:
-    """Tells other cells apart: the release, the filter and what it lets through; not where a copy lies."""
-    facts = census_facts(census) | {"uri": None, "columns": census.columns}
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
