@@ -166,6 +166,21 @@ def test_memory_does_not_hold_the_query(many: CensusConfig, monkeypatch):
     assert peak < whole / 3
 
 
+def test_opening_a_store_reads_a_sample_in_runs_of_neighbours(many: CensusConfig, monkeypatch):
+    monkeypatch.setattr(census_module, "READ_CELLS", 512)
+    reads, read = [], census_module._Query.read
+    monkeypatch.setattr(
+        census_module._Query, "read", lambda self, rows: reads.append(rows) or read(self, rows)
+    )
+    config = DataConfig(source="census", census=many, gene_vocab="from_data")
+    open_store(sources_of(config), predefined("human_protein_coding"), config)
+    rows = np.concatenate(reads)
+    assert 900 < len(rows) <= 2500
+    assert rows.min() == 0
+    assert rows.max() == 5999
+    assert (np.diff(rows) == 1).mean() > 0.9
+
+
 def test_reading_ahead_takes_few_large_reads_and_two_buffers_of_memory(many: CensusConfig, monkeypatch):
     monkeypatch.setattr(census_module, "READ_CELLS", 1024)
     reads, read = [], census_module._Query.read

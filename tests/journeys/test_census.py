@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from scmodelforge.data import census
 from scmodelforge.data.shards import shard_paths
 from scmodelforge.data.sources import open_matrix
 from scmodelforge.models.bundle import load_model, read_checkpoint
@@ -38,6 +40,14 @@ training:
 finetune:
   label_key: cell_type
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Neighbours that stay together are so few that these 300 cells make many blocks of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(census, "NEIGHBOURS", 16)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +81,8 @@ def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_records_its_census_and_learns(trained: Path, uri: str) -> None:
-    facts = json.loads((trained / "run.json").read_text())["data"]
+    record = json.loads((trained / "run.json").read_text())
+    facts = record["data"]
     cells = census_cells()
     n_cells = int((cells.obs.is_primary_data & (cells.obs.nnz > 1)).sum())
     assert facts["n_cells"] == n_cells == facts["n_train"] + facts["n_val"]
@@ -84,6 +95,7 @@ def test_a_run_records_its_census_and_learns(trained: Path, uri: str) -> None:
         "n_cells": n_cells,
         "n_datasets": 3,
     }
+    assert any("all training cells are read three times over" in note for note in record["notes"])
     assert f"Census {uri}, homo_sapiens" in (trained / "model/model_card.md").read_text()
     assert load_model(trained / "model").vocab.n_genes == 60
 
@@ -107,6 +119,13 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert whole["state_dict"].keys() == resumed["state_dict"].keys()
     assert all(
         torch.equal(tensor, resumed["state_dict"][name]) for name, tensor in whole["state_dict"].items()
+    )
+
+
+def test_single_cells_that_validate_are_warned_of(config: Path, tmp_path: Path) -> None:
+    options = sets(training__run_dir=tmp_path, training__max_steps=1, data__split__group_key="null")
+    assert "nearly all cells of the Census are read. Name a column" in " ".join(
+        done("train", "--config", config, *options).err.split()
     )
 
 
