@@ -64,7 +64,18 @@ class DataConfig(Section):
         "local", description="local: the files of paths; census: the cells of a CELLxGENE Census."
     )
     paths: list[str] = Field(
-        default_factory=list, description="One or many .h5ad files; gene sets may differ."
+        default_factory=list,
+        description="One or many .h5ad files or .zarr stores, patterns, or URLs of such; gene sets may differ.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder where remote files are kept; null: the folder that SCMODELFORGE_CACHE names, else "
+        "~/.cache/scmodelforge.",
+    )
+    cache_size_gb: float = Field(
+        100.0,
+        gt=0,
+        description="Remote files kept, in GB: beyond it those used longest ago are removed, but none of this run.",
     )
     census: CensusConfig | None = Field(None, description="Which cells of the Census; with source: census.")
     layer: str | None = Field(

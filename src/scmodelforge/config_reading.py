@@ -253,6 +253,18 @@ class Reading:
         found: list[str] = []
         seen: set[str] = set()
         for index, path in enumerate(paths):
+            if "://" in path:
+                found.append(path)
+                if "*" in path:
+                    self.problem(
+                        (*loc, index), f"data.paths: '{path}' is a pattern; list the URLs one by one"
+                    )
+                elif path in seen:
+                    self.problem(
+                        (*loc, index), f"data.paths: '{path}' is listed twice, so its cells would count twice"
+                    )
+                seen.add(path)
+                continue
             name = os.path.expanduser(path)
             matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
             text = None
@@ -260,7 +272,7 @@ class Reading:
                 text = f"the pattern '{path}' matches no file"
             elif not matches:
                 text = f"the file '{path}' does not exist"
-            elif os.path.isdir(name):
+            elif os.path.isdir(name) and not _is_zarr(name):
                 text = f"'{path}' is a folder; name its files, for example {os.path.join(path, '*.h5ad')}"
             elif twice := [match for match in matches if os.path.realpath(match) in seen]:
                 text = f"'{twice[0]}' is listed twice, so its cells would count twice"
@@ -315,6 +327,10 @@ def _with(data: Any, loc: Loc, value: Any) -> Any:
     copy = dict(data) if isinstance(data, Mapping) else {}
     copy[head] = _with(copy.get(head), rest, value)
     return {key: item for key, item in copy.items() if item is not _GONE}
+
+
+def _is_zarr(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("zarr.json", ".zgroup"))
 
 
 def _without_tags(loc: Loc, data: Any) -> Loc:

@@ -164,3 +164,14 @@ def test_a_file_can_be_written_when_its_matrix_is_gone(tmp_path):
     make_adata(np.full((4, 3), 2.0), np.arange(3)).write_h5ad(path)
     assert open_matrix(path).read(np.arange(4)).data.max() == 2
     make_adata(np.full((4, 3), 3.0), np.arange(3)).write_h5ad(path)
+
+
+def test_the_report_lists_the_same_genes_once(tmp_path, counts):
+    paths, _ = write(tmp_path, counts)
+    store = open_store(paths, make_vocab(N_GENES), NO_MINIMUM)
+    report = store.gene_report()
+    assert len(report) == 3 * N_GENES
+    assert set(report.file) == {f"{path} and 9 more with the same genes" for path in paths[:3]}
+    *lines, last = store.describe()
+    assert len(lines) == 20
+    assert last == "… and 10 more files with 50 cells"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import h5py
@@ -59,9 +59,9 @@ Lend: TypeAlias = Callable[[], AbstractContextManager[Callable[[str], h5py.Datas
 _frames: WeakValueDictionary[bytes, pd.DataFrame] = WeakValueDictionary()  # genes in use, by what is stored
 
 
-def open_h5ad(source: str | Path, layer: str | None, cache_bytes: int) -> Matrix:
-    """Open a matrix of an .h5ad file, as `open_matrix` says."""
-    name, path = str(source), Path(source).expanduser()
+def open_h5ad(path: str | Path, source: Any, layer: str | None, cache_bytes: int) -> Matrix:
+    """Open a matrix of the .h5ad file at `path`, as `open_matrix` says; messages name `source`."""
+    name, path = str(source), Path(path).expanduser()
     lent = LentFile(path, name, lambda: _open_file(path, name, cache_bytes))
 
     def obs() -> pd.DataFrame:
@@ -138,9 +138,9 @@ def _digest(group: h5py.Group) -> bytes:
     return digest.digest()
 
 
-def h5ad_places(source: str | Path) -> list[str | None]:
+def h5ad_places(path: str | Path, name: str) -> list[str | None]:
     """What `layer` can be for an .h5ad file."""
-    with _open_file(Path(source).expanduser(), str(source), CACHE_BYTES) as file:
+    with _open_file(Path(path).expanduser(), name, CACHE_BYTES) as file:
         return _places(file)
 
 

@@ -31,6 +31,7 @@ from scmodelforge.config import DataConfig
 from scmodelforge.config_census import CensusConfig
 from scmodelforge.data.census import census_sha256
 from scmodelforge.data.matrix import LIBRARY_SIZE
+from scmodelforge.data.sources import Source
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
@@ -81,7 +82,7 @@ class ShardRecord:
 
 
 def write_shards(
-    sources: Sequence[str | Path | CensusConfig],
+    sources: Sequence[Source],
     vocab: GeneVocab,
     config: DataConfig,
     output: str | Path,
@@ -201,10 +202,11 @@ def _require_same_kind(folder: Path, vocab: GeneVocab, settings: dict[str, Any])
             )
 
 
-def _shard_names(paths: Sequence[str | Path | CensusConfig]) -> list[str]:
+def _shard_names(paths: Sequence[Source]) -> list[str]:
     """A distinct stem for each source."""
     stems = [
-        f"census-{path.organism}" if isinstance(path, CensusConfig) else Path(path).stem for path in paths
+        f"census-{path.organism}" if isinstance(path, CensusConfig) else Path(str(path)).stem
+        for path in paths
     ]
     return [
         stem if stems.count(stem) == 1 else f"{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
@@ -213,7 +215,7 @@ def _shard_names(paths: Sequence[str | Path | CensusConfig]) -> list[str]:
 
 
 def _convert_file(
-    path: str | Path | CensusConfig,
+    path: Source,
     stem: str,
     vocab: GeneVocab,
     config: DataConfig,
@@ -221,7 +223,7 @@ def _convert_file(
     settings: dict[str, Any],
 ) -> list[ShardRecord]:
     """Write all shards of one file that are not there yet."""
-    source_sha256 = census_sha256(path) if isinstance(path, CensusConfig) else _sha256(Path(path))
+    source_sha256 = census_sha256(path) if isinstance(path, CensusConfig) else _sha256(Path(str(path)))
     store = open_store([path], vocab, config)
     columns = settings["obs_columns"]
     if missing := [name for name in columns or () if name not in store.obs]:

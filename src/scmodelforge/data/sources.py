@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,13 +15,31 @@ from scmodelforge.config_census import CensusConfig
 from scmodelforge.data.census import open_census
 from scmodelforge.data.h5ad import CACHE_BYTES, h5ad_places, held_on_disk, open_h5ad
 from scmodelforge.data.matrix import Matrix, held_in_memory, no_matrix, place_of
+from scmodelforge.data.remote import Remote, is_url
+from scmodelforge.data.zarr import is_zarr, open_zarr, zarr_members, zarr_places
 
-Source: TypeAlias = str | Path | ad.AnnData | CensusConfig
+Source: TypeAlias = str | Path | Remote | ad.AnnData | CensusConfig
 
 
 def sources_of(config: DataConfig) -> list[Source]:
-    """The sources that a config names."""
-    return [config.census] if config.source == "census" and config.census else list(config.paths)
+    """The sources that a config names: remote ones with the folder to keep them in, collections as their members."""
+    if config.source == "census" and config.census is not None:
+        return [config.census]
+    sources: list[Source] = []
+    for path in config.paths:
+        source = Remote(path, config.cache_dir, config.cache_size_gb) if is_url(path) else path
+        sources += members(source)
+    return sources
+
+
+def members(source: Source) -> list[Source]:
+    """The AnnData stores in a zarr collection; of anything else the source alone."""
+    if isinstance(source, ad.AnnData | CensusConfig) or not _is_zarr(source):
+        return [source]
+    names = zarr_members(_local(source), str(source))
+    if isinstance(source, Remote):
+        return [replace(source, member=name) for name in names] or [source]
+    return [str(Path(source) / name) for name in names] or [source]
 
 
 def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CACHE_BYTES) -> Matrix:
@@ -29,7 +48,8 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     Parameters
     ----------
     source
-        Path of an .h5ad file, an AnnData (in memory, backed, or a view), or cells of the Census.
+        Path or URL of an .h5ad file or a .zarr store, an AnnData (in memory, backed, or a view), or cells of the
+        Census.
     layer
         None for X, "raw" for `.raw.X` (where there is none, a layer of that name), else the name of a layer.
     cache_bytes
@@ -44,7 +64,9 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
         return open_census(source)
     if isinstance(source, ad.AnnData):
         return _open_anndata(source, layer)
-    return open_h5ad(source, layer, cache_bytes)
+    if _is_zarr(source):
+        return open_zarr(_local(source), source, layer)
+    return open_h5ad(_local(source), source, layer, cache_bytes)
 
 
 def matrix_places(source: Source) -> list[str | None]:
@@ -52,10 +74,26 @@ def matrix_places(source: Source) -> list[str | None]:
     if isinstance(source, CensusConfig):
         return [None]
     if not isinstance(source, ad.AnnData):
-        return h5ad_places(source)
+        places = zarr_places if _is_zarr(source) else h5ad_places
+        return places(_local(source), str(source))
     layers, has_raw = list(source.layers), source.raw is not None
     names = [layer for layer in layers if layer != "raw" or not has_raw]
     return [None] * (source.X is not None) + names + ["raw"] * has_raw
+
+
+def _is_zarr(source: str | Path | Remote) -> bool:
+    """Told from the name where there is nothing to look at."""
+    if isinstance(source, Remote) or is_url(source):
+        return str(source).partition("?")[0].rstrip("/").endswith(".zarr") or bool(
+            getattr(source, "member", "")
+        )
+    return is_zarr(source) or (Path(source).suffix == ".zarr" and not Path(source).is_file())
+
+
+def _local(source: str | Path | Remote) -> Path:
+    if is_url(source):
+        source = Remote(str(source))
+    return source.local if isinstance(source, Remote) else Path(source)
 
 
 def _open_anndata(adata: ad.AnnData, layer: str | None) -> Matrix:

@@ -29,6 +29,7 @@ from scmodelforge.genes.vocab import GeneVocab
 log = logging.getLogger(__name__)
 
 FEW = 0.5  # share of counts on vocabulary genes below which something is probably wrong
+DESCRIBED = 20  # files of which `describe` writes a line
 ALL_CACHES_BYTES = 512 * 2**20  # shared by the chunk caches of all files
 
 
@@ -133,18 +134,33 @@ class CellStore:
         return mapped
 
     def gene_report(self) -> pd.DataFrame:
-        """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`."""
-        tables = (match.table.assign(file=file) for file, match in zip(self.files, self.matches, strict=True))
+        """Return what became of each gene of each file: `file` and the columns of `GeneMatch.table`.
+
+        Files that have the same genes are listed once, under the name of the first.
+        """
+        alike: dict[int, list[str]] = {}
+        for file, match in zip(self.files, self.matches, strict=True):
+            alike.setdefault(id(match), []).append(file)
+        tables = []
+        for match in {id(match): match for match in self.matches}.values():
+            first, *more = alike[id(match)]
+            name = f"{first} and {len(more):,} more with the same genes" if more else first
+            tables.append(match.table.assign(file=name))
         report = pd.concat(tables, ignore_index=True)
         return report[["file", *report.columns.drop("file")]]
 
     def describe(self) -> list[str]:
         """Return a line for each file: its size, what it holds, and how much of it the vocabulary covers."""
-        return [
+        lines = [
             f"{matrix.name}: {matrix.n_cells:,} cells × {matrix.n_genes:,} genes, {matrix.place} holds "
             f"{sample.state.detail}; {match.summary()}; {sample.share:.1%} of the counts"
-            for matrix, match, sample in zip(self.matrices, self.matches, self.sampled, strict=True)
+            for matrix, match, sample in zip(
+                self.matrices[:DESCRIBED], self.matches[:DESCRIBED], self.sampled[:DESCRIBED], strict=True
+            )
         ]
+        if more := self.matrices[DESCRIBED:]:
+            lines.append(f"… and {len(more):,} more files with {sum(m.n_cells for m in more):,} cells")
+        return lines
 
     def close(self) -> None:
         """Close all files; the store cannot be read after that."""

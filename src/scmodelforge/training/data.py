@@ -80,7 +80,7 @@ class TrainingData:
             If a count is negative or not finite; file, cell and gene are named.
         """
         rows = np.sort(np.concatenate([self.train_rows, self.val_rows]))
-        quick = np.array([matrix.shuffle_buffer is None for matrix in self.store.matrices])
+        quick = np.array([not isinstance(matrix.source, CensusConfig) for matrix in self.store.matrices])
         rows = rows[quick[np.searchsorted(self.store.offsets, rows, side="right") - 1]]
         for start in range(0, len(rows), BLOCK_CELLS):
             self.store.read(rows[start : start + BLOCK_CELLS])
