@@ -235,11 +235,12 @@ def shard(
     if output is None:
         raise UserError("Say where to write: --output DIR.")
     from scmodelforge.data.shards import write_shards
+    from scmodelforge.data.sources import sources_of
     from scmodelforge.training.data import vocabulary_of
 
     vocab = vocabulary_of(settings)
     records = write_shards(
-        settings.data.paths, vocab, settings.data, output, obs_columns, cells_per_shard, processes
+        sources_of(settings.data), vocab, settings.data, output, obs_columns, cells_per_shard, processes
     )
     n_cells, plural = sum(record.n_cells for record in records), "s" * (len(records) != 1)
     print(

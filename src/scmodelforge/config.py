@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from scmodelforge import registry
+from scmodelforge.config_census import CensusConfig
 from scmodelforge.config_misfit import misfit
 from scmodelforge.config_model import ModelConfig
 from scmodelforge.config_presets import PRESETS
@@ -121,7 +122,9 @@ def _species(value: Any) -> Any:
 class DataConfig(Section):
     """Where the cells come from, and how their genes meet the vocabulary."""
 
-    source: Literal["local"] = Field("local", description="'local': h5ad files on disk.")
+    source: Literal["local", "census"] = Field(
+        "local", description="local: the files of paths; census: the cells of a CELLxGENE Census."
+    )
     paths: list[str] = Field(
         default_factory=list,
         description="One or many .h5ad files or .zarr stores, patterns, or URLs of such; gene sets may differ.",
@@ -136,6 +139,7 @@ class DataConfig(Section):
         gt=0,
         description="Remote files kept, in GB: beyond it those used longest ago are removed, but none of this run.",
     )
+    census: CensusConfig | None = Field(None, description="Which cells of the Census; with source: census.")
     layer: str | None = Field(
         None, description="Where the raw counts are: null for X, 'raw' for .raw.X, else the name of a layer."
     )

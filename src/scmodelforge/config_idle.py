@@ -133,6 +133,8 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
     if data.sampling is not None and data.sampling.label_key is None:
         for key in ("label_power", "curriculum_epochs"):
             yield f"data.sampling.{key}", "data.sampling.label_key is null"
+    if data.census is not None and data.census.uri is not None:
+        yield "data.census.version", "data.census.uri says which Census is read"
 
 
 def _of_tokenizer(config: Config) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def misfit(config: Config) -> str:
     """Say the first thing that does not fit together across sections; "" if all does."""
-    for rules in (_data, _values, _causal, _autoencoder, _objective):
+    for rules in (_data, _census, _values, _causal, _autoencoder, _objective):
         if problem := next((text for wrong, text in rules(config) if wrong), ""):
             return problem
     return ""
@@ -25,6 +25,40 @@ def _data(config: Config) -> list[tuple[bool, str]]:
             "data.shuffle_buffer: null and make the files quick to read first (scmodelforge shard), or data.sampling: "
             "null",
         )
+    ]
+
+
+def _census(config: Config) -> list[tuple[bool, str]]:
+    data, census = config.data, config.data.census
+    if data.source != "census":
+        return [
+            (census is not None, "data.census is there, but data.source is local: set data.source: census")
+        ]
+    if census is None:
+        needed = "data.source census needs data.census, which says what cells to read: organism, tissue_general, ..."
+        return [(True, needed)]
+    rules = [
+        (
+            bool(data.paths),
+            "data.paths: with data.source census the cells come from the Census; leave paths out",
+        ),
+        (
+            data.layer is not None,
+            "data.layer: the Census has one layer of raw counts, which is read; set null",
+        ),
+    ]
+    read: dict[str, list[str | None]] = {
+        "data.split.group_key": [data.split.group_key],
+        "tokenizer.obs_tokens": [*config.tokenizer.obs_tokens],
+        "model.objective.batch_key": [config.model.objective.batch_key],
+    }
+    return rules + [
+        (
+            column not in (None, *census.columns),
+            f"{key} reads the obs column '{column}', which data.census.obs_columns does not name: add it there",
+        )
+        for key, columns in read.items()
+        for column in columns
     ]
 
 

@@ -229,7 +229,7 @@ class Reading:
     def resolve_paths(self, config: Config, dropped: set[Loc]) -> Config:
         """Expand paths and collect what does not exist, except under keys that were wrong anyway."""
         expanded: dict[Loc, Any] = {}
-        if not dropped & {("data",), ("data", "paths")}:
+        if config.data.source == "local" and not dropped & {("data",), ("data", "paths"), ("data", "source")}:
             expanded["data", "paths"] = self._expand(config.data.paths)
         for loc, names in _NAMES.items():
             value = getattr(getattr(config, str(loc[0])), str(loc[1]))

@@ -101,6 +101,8 @@ class Matrix:
     shuffle_buffer
         None where cells can be read in any order; else the cells among which an order should shuffle, so that
         what lies together is read together.
+    block_cells
+        How many neighbours are read well together; None where that makes no difference.
     """
 
     def __init__(
@@ -112,12 +114,13 @@ class Matrix:
         obs: Callable[[], pd.DataFrame],
         library_size: Callable[[], np.ndarray | None] = lambda: None,
         shuffle_buffer: int | None = None,
+        block_cells: int | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.source, self.layer = source, layer
         self.name = "AnnData" if isinstance(source, ad.AnnData) else str(source)
         self.var = var
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self.block_cells = shuffle_buffer, block_cells
         self._reader, (self.n_cells, self.n_genes), self.storage = held
         self._in_place = held.reader.in_place if isinstance(held.reader, _InPlace) else None
         self._read_obs, self._read_library_size, self._close = obs, library_size, close

@@ -29,7 +29,10 @@ import numpy as np
 import pandas as pd
 
 from scmodelforge.config import DataConfig
+from scmodelforge.config_census import CensusConfig
+from scmodelforge.data.census import census_sha256
 from scmodelforge.data.matrix import LIBRARY_SIZE
+from scmodelforge.data.sources import Source
 from scmodelforge.data.species import named_species
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError
@@ -83,7 +86,7 @@ class ShardRecord:
 
 
 def write_shards(
-    paths: Sequence[str | Path],
+    sources: Sequence[Source],
     vocab: GeneVocab,
     config: DataConfig,
     output: str | Path,
@@ -91,12 +94,12 @@ def write_shards(
     cells_per_shard: int = CELLS_PER_SHARD,
     processes: int = 1,
 ) -> list[ShardRecord]:
-    """Convert .h5ad files into shards in the folder `output`; what is there already is kept.
+    """Convert .h5ad files or cells of the Census into shards in the folder `output`; what is there already is kept.
 
     Parameters
     ----------
-    paths
-        The files; their genes may differ.
+    sources
+        The files; their genes may differ. Or cells of the Census.
     vocab
         The vocabulary to align to.
     config
@@ -123,17 +126,18 @@ def write_shards(
         "cells_per_shard": cells_per_shard,
     }
     _require_same_kind(folder, vocab, settings)
-    names = _shard_names(paths)
     jobs = [
         (
-            str(path),
+            source,
             name,
             vocab,
             config.model_copy(update={"species": species}),
             str(folder),
             settings | {"species": species},
         )
-        for path, name, species in zip(paths, names, named_species(paths, config), strict=True)
+        for source, name, species in zip(
+            sources, _shard_names(sources), named_species(sources, config), strict=True
+        )
     ]
     if processes > 1 and len(jobs) > 1:
         spawn = multiprocessing.get_context("spawn")  # forked threads of HDF5 and torch may hang
@@ -214,9 +218,12 @@ def _require_same_kind(folder: Path, vocab: GeneVocab, settings: dict[str, Any])
             )
 
 
-def _shard_names(paths: Sequence[str | Path]) -> list[str]:
-    """A distinct stem for each file."""
-    stems = [Path(path).stem for path in paths]
+def _shard_names(paths: Sequence[Source]) -> list[str]:
+    """A distinct stem for each source."""
+    stems = [
+        f"census-{path.organism}" if isinstance(path, CensusConfig) else Path(str(path)).stem
+        for path in paths
+    ]
     return [
         stem if stems.count(stem) == 1 else f"{stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         for stem, path in zip(stems, paths, strict=True)
@@ -224,10 +231,15 @@ def _shard_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _convert_file(
-    path: str, stem: str, vocab: GeneVocab, config: DataConfig, folder: str, settings: dict[str, Any]
+    path: Source,
+    stem: str,
+    vocab: GeneVocab,
+    config: DataConfig,
+    folder: str,
+    settings: dict[str, Any],
 ) -> list[ShardRecord]:
     """Write all shards of one file that are not there yet."""
-    source_sha256 = _sha256(Path(path))
+    source_sha256 = census_sha256(path) if isinstance(path, CensusConfig) else _sha256(Path(str(path)))
     store = open_store([path], vocab, config)
     columns = settings["obs_columns"]
     if missing := [name for name in columns or () if name not in store.obs]:
@@ -235,6 +247,7 @@ def _convert_file(
             f"'{path}' has no obs column {', '.join(missing)}; there are: {', '.join(map(str, store.obs.columns))}."
         )
     obs = store.obs if columns is None else store.obs[columns]
+    obs = obs.set_axis(obs.index.astype(str))  # the Census numbers its cells
     records = []
     size = settings["cells_per_shard"]
     for part, first in enumerate(range(0, store.n_cells, size)):
@@ -249,7 +262,7 @@ def _convert_file(
                 n_entries,
                 _sha256(target),
                 target.stat().st_size,
-                path,
+                str(path),
                 source_sha256,
                 first,
                 vocab.fingerprint,

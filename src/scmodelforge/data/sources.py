@@ -11,16 +11,20 @@ import h5py
 from anndata.abc import CSCDataset, CSRDataset
 
 from scmodelforge.config import DataConfig
+from scmodelforge.config_census import CensusConfig
+from scmodelforge.data.census import open_census
 from scmodelforge.data.h5ad import CACHE_BYTES, h5ad_places, held_on_disk, open_h5ad
 from scmodelforge.data.matrix import Matrix, held_in_memory, no_matrix, place_of
 from scmodelforge.data.remote import Remote, is_url
 from scmodelforge.data.zarr import is_zarr, open_zarr, zarr_members, zarr_places
 
-Source: TypeAlias = str | Path | Remote | ad.AnnData
+Source: TypeAlias = str | Path | Remote | ad.AnnData | CensusConfig
 
 
 def sources_of(config: DataConfig) -> list[Source]:
-    """The sources that a config names; collections as their members."""
+    """The sources that a config names: remote ones with the folder to keep them in, collections as their members."""
+    if config.source == "census" and config.census is not None:
+        return [config.census]
     return [member for path in config.paths for member in members(located(path, config))]
 
 
@@ -33,7 +37,7 @@ def located(source: Source, config: DataConfig) -> Source:
 
 def members(source: Source) -> list[Source]:
     """The AnnData stores in a zarr collection; of anything else the source alone."""
-    if isinstance(source, ad.AnnData) or not _is_zarr(source):
+    if isinstance(source, ad.AnnData | CensusConfig) or not _is_zarr(source):
         return [source]
     names = zarr_members(_local(source), str(source))
     if isinstance(source, Remote):
@@ -47,7 +51,8 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     Parameters
     ----------
     source
-        Path or URL of an .h5ad file or a .zarr store, or an AnnData (in memory, backed, or a view).
+        Path or URL of an .h5ad file or a .zarr store, an AnnData (in memory, backed, or a view), or cells of the
+        Census.
     layer
         None for X, "raw" for `.raw.X` (where there is none, a layer of that name), else the name of a layer.
     cache_bytes
@@ -58,6 +63,8 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     DataError
         If the file is missing, damaged or no AnnData, or has no such matrix, no cells or no genes.
     """
+    if isinstance(source, CensusConfig):
+        return open_census(source)
     if isinstance(source, ad.AnnData):
         return _open_anndata(source, layer)
     if _is_zarr(source):
@@ -67,6 +74,8 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
 
 def matrix_places(source: Source) -> list[str | None]:
     """Return what `layer` can be for this source: None for X, names of layers, "raw"; only what is there."""
+    if isinstance(source, CensusConfig):
+        return [None]
     if not isinstance(source, ad.AnnData):
         places = zarr_places if _is_zarr(source) else h5ad_places
         return places(_local(source), str(source))

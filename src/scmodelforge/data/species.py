@@ -11,7 +11,8 @@ from pathlib import Path
 from anndata import AnnData
 
 from scmodelforge.config import DataConfig
-from scmodelforge.data.h5ad import Matrix, Source
+from scmodelforge.data.matrix import Matrix
+from scmodelforge.data.sources import Source
 from scmodelforge.errors import ConfigError
 from scmodelforge.genes.tables import SPECIES, species_of
 

@@ -16,6 +16,7 @@ from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch
 
 SAMPLE_CELLS = 1000
+RUN = 64  # neighbours that are sampled together where single cells are read slowly
 SAMPLE_CELLS_OF_ALL = 100_000  # where there are many files, less of each is looked at
 FEWEST_CELLS = 20
 LOG_MAX = 15.0  # natural or binary logarithms of counts stay below; counts and normalized values rarely do
@@ -87,8 +88,16 @@ def sample_matrix(matrix: Matrix, match: GeneMatch, n: int = SAMPLE_CELLS) -> Sa
     return Sample(state, float(inside / total) if 0 < total < np.inf else 0.0)
 
 
+def evenly(n_cells: int, n: int, in_runs: bool) -> np.ndarray:
+    """Return at most `n` of the numbers below `n_cells`, evenly spaced: one by one, or in runs of `RUN` neighbours."""
+    if not in_runs or n_cells <= n:
+        return np.unique(np.linspace(0, n_cells - 1, min(n, n_cells)).astype(np.int64))
+    starts = np.linspace(0, n_cells - RUN, max(1, n // RUN)).astype(np.int64)
+    return np.unique(starts[:, None] + np.arange(RUN))
+
+
 def _evenly(matrix: Matrix, n: int) -> np.ndarray:
-    return np.unique(np.linspace(0, matrix.n_cells - 1, min(n, matrix.n_cells)).astype(np.int64))
+    return evenly(matrix.n_cells, n, matrix.shuffle_buffer is not None)
 
 
 def _state(matrix: Matrix, rows: np.ndarray, block: Rows) -> MatrixState:

@@ -15,6 +15,7 @@ from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.sources import sources_of
 from scmodelforge.data.split import split_cells
+from scmodelforge.data.state import evenly
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError, ModelError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
@@ -182,6 +183,8 @@ def _warn_of_no_effect(config: Config) -> None:
 def _fit_head_scale(bundle: ModelBundle, prepared: TrainingData, seed: int) -> None:
     """Let the head know the spread of the pretrained embeddings, on some of the training cells."""
     chosen = np.random.default_rng(seed).permutation(prepared.train_rows)[:CELLS_FOR_SCALE]
+    if any(matrix.shuffle_buffer for matrix in prepared.store.matrices):
+        chosen = prepared.train_rows[evenly(len(prepared.train_rows), CELLS_FOR_SCALE, in_runs=True)]
     embeddings = embed_store(bundle, prepared.store, rows=np.sort(chosen))
     bundle.head.fit_scale(torch.from_numpy(embeddings))  # type: ignore[union-attr]
 

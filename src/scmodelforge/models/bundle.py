@@ -340,6 +340,7 @@ def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Pat
 
 def _model_card(bundle: ModelBundle, notes: str) -> str:
     config, vocab = bundle.config, bundle.vocab
+    data = str(config.data.census or ", ".join(Path(path).name for path in config.data.paths))
     lines = [
         f"# {config.model.architecture}, {bundle.n_parameters:,} parameters",
         "",
@@ -347,7 +348,7 @@ def _model_card(bundle: ModelBundle, notes: str) -> str:
         f"- Genes: {vocab.n_genes:,} ({vocab.name}, species {vocab.species}), fingerprint {vocab.fingerprint[:16]}",
         f"- Model: {config.model.num_layers} layers × {config.model.hidden_dim}, {config.model.num_heads} heads",
         f"- Pretraining task: {config.model.pretraining_task}",
-        f"- Data: {', '.join(Path(path).name for path in config.data.paths) or 'in memory, or not named'}",
+        f"- Data: {data or 'in memory, or not named'}",
     ]
     if bundle.labels is not None:
         lines.append(f"- Predicts: {bundle.labels.key} ({bundle.labels.task})")

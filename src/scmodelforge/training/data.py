@@ -13,9 +13,12 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
+from scmodelforge.config_census import CensusConfig
+from scmodelforge.data.census import census_facts
 from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.split import split_cells
+from scmodelforge.data.state import evenly
 from scmodelforge.data.statistics import gene_medians
 from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
 from scmodelforge.data.variable_genes import select_hvg
@@ -46,11 +49,15 @@ class TrainingData:
         It hashes the names of all training cells and the counts of some of them.
         """
         digest = hashlib.sha256("\n".join(self.store.obs.index[self.train_rows].astype(str)).encode())
-        some = self.store.read(self.train_rows[:: max(1, len(self.train_rows) // CELLS_TO_HASH)])
+        chosen = self.train_rows[:: max(1, len(self.train_rows) // CELLS_TO_HASH)]
+        if any(matrix.shuffle_buffer for matrix in self.store.matrices):
+            chosen = self.train_rows[evenly(len(self.train_rows), CELLS_TO_HASH, in_runs=True)]
+        some = self.store.read(chosen)
         digest.update(some.library_size.tobytes())
         digest.update(some.counts.tobytes())
         return {
             "files": [str(name) for name in self.store.files],
+            **self._census,
             "n_cells": self.store.n_cells,
             "n_train": len(self.train_rows),
             "n_val": len(self.val_rows),
@@ -58,8 +65,16 @@ class TrainingData:
             "vocabulary": self.vocab.fingerprint,
         }
 
+    @property
+    def _census(self) -> dict[str, Any]:
+        sources = [matrix.source for matrix in self.store.matrices]
+        facts = [census_facts(source) for source in sources if isinstance(source, CensusConfig)]
+        return {"census": facts[0]} if facts else {}
+
     def read_through(self) -> None:
         """Read every cell once, so that a broken one is found before training starts.
+
+        Not where that would take long (the Census): there each cell is checked as training reads it.
 
         Raises
         ------
@@ -67,6 +82,8 @@ class TrainingData:
             If a count is negative or not finite; file, cell and gene are named.
         """
         rows = np.sort(np.concatenate([self.train_rows, self.val_rows]))
+        quick = np.array([not isinstance(matrix.source, CensusConfig) for matrix in self.store.matrices])
+        rows = rows[quick[np.searchsorted(self.store.offsets, rows, side="right") - 1]]
         for start in range(0, len(rows), BLOCK_CELLS):
             self.store.read(rows[start : start + BLOCK_CELLS])
 
@@ -134,6 +151,11 @@ def prepare_data(
         return replace(prepared, vocab=vocab.with_medians(None))
     if config.tokenizer.gene_medians == "from_data":
         log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")
+        if config.data.source == "census":
+            log.warning(
+                "For the gene medians all training cells are read three times over. To spare that, train on shards of "
+                "these cells (scmodelforge shard), or name a table: tokenizer.gene_medians."
+            )
         medians, statistics = gene_medians(
             prepared.store, prepared.train_rows, preprocessing.target_sum, preprocessing.normalize, threads
         )
@@ -168,5 +190,10 @@ def prepare_given(
 
 
 def _split(config: Config, store: CellStore, vocab: GeneVocab) -> TrainingData:
+    if config.data.source == "census" and config.data.split.val_split and config.data.split.group_key is None:
+        log.warning(
+            "Single cells from everywhere validate (data.split.group_key: null), and to read them nearly all cells of "
+            "the Census are read. Name a column whose groups lie together: dataset_id or donor_id."
+        )
     train_rows, val_rows = split_cells(store.obs, config.data.split, config.training.seed)
     return TrainingData(store, vocab, train_rows, val_rows)

@@ -53,11 +53,8 @@ from scmodelforge.training.setup import (
 log = logging.getLogger(__name__)
 
 # What a resumed run must share with the interrupted one, beside data, tokenizer and model.
-MAY_DIFFER = (
-    "data.paths",
-    "data.cache_dir",
-    "data.cache_size_gb",
-)  # where the cells lie; which they are is checked
+# Where the cells lie, which may have changed; that they are the same is checked by itself.
+MAY_DIFFER = ("data.paths", "data.cache_dir", "data.cache_size_gb", "data.census.uri")
 FIXED_TRAINING_KEYS = tuple(
     f"training.{key}"
     for key in (
@@ -70,7 +67,6 @@ FIXED_TRAINING_KEYS = tuple(
         "accumulate_grad_batches",
     )
 )
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -394,6 +390,6 @@ def check_same_cells(prepared: TrainingData, plain: dict[str, Any], where: str) 
     if had["train_cells"] != have["train_cells"]:
         raise ModelError(
             f"The run in '{where}' trained on {had['n_train']:,} of {had['n_cells']:,} cells; this config gives "
-            f"{have['n_train']:,} of {have['n_cells']:,}, and not the same ones. Resume with the same data.paths, "
-            "data.split and training.seed."
+            f"{have['n_train']:,} of {have['n_cells']:,}, and not the same ones. Resume with the same data.paths (or "
+            "data.census), data.split and training.seed."
         )
