@@ -12,10 +12,11 @@ from scipy import sparse
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data import shards
-from scmodelforge.data.h5ad import open_matrix
-from scmodelforge.data.shards import shard_paths, verify_shards, write_shards
+from scmodelforge.data.h5ad import LIBRARY_SIZE, open_matrix
+from scmodelforge.data.shards import verify_shards, write_shards
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
+from scmodelforge.manifest import shard_paths
 from tests.helpers import make_vocab, marker_cells
 from tests.journeys.command import done, refused
 
@@ -58,19 +59,17 @@ def test_any_reader_of_anndata_opens_them_and_ours_maps_them(files: list[Path], 
     small, large = (ad.read_h5ad(path) for path in shard_paths(tmp_path / "shards"))
     assert (small.X.dtype, large.X.dtype) == (np.uint8, np.uint16)
     assert list(small.var_names) == list(VOCAB.gene_ids)
-    assert list(small.obs.columns) == ["donor", shards.LIBRARY_SIZE]
+    assert list(small.obs.columns) == ["donor", LIBRARY_SIZE]
     assert "contiguous" in open_matrix(shard_paths(tmp_path / "shards")[0]).storage
     # the counts outside of the vocabulary are gone, and the library size is still that of all genes
-    assert (
-        small.obs[shards.LIBRARY_SIZE] == np.asarray(marker_cells(50, seed=1).X.sum(axis=1)).ravel()
-    ).all()
-    assert (small.X.sum(axis=1).ravel() < small.obs[shards.LIBRARY_SIZE].to_numpy()).any()
+    assert (small.obs[LIBRARY_SIZE] == np.asarray(marker_cells(50, seed=1).X.sum(axis=1)).ravel()).all()
+    assert (small.X.sum(axis=1).ravel() < small.obs[LIBRARY_SIZE].to_numpy()).any()
 
 
 def test_an_interrupted_conversion_goes_on(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, made = shards._write_shard, []
+    write, made = shards.write_shard, []
 
     def stops(target, *arguments):
         if len(made) == 3:
@@ -79,14 +78,14 @@ def test_an_interrupted_conversion_goes_on(
         return write(target, *arguments)
 
     folder = tmp_path / "shards"
-    monkeypatch.setattr(shards, "_write_shard", stops)
+    monkeypatch.setattr(shards, "write_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         write_shards(files, VOCAB, CONFIG, folder, cells_per_shard=20)
     with pytest.raises(DataError, match="start it again"):
         verify_shards(folder)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.h5ad")}
     assert len(before) == 3
-    monkeypatch.setattr(shards, "_write_shard", write)
+    monkeypatch.setattr(shards, "write_shard", write)
     write_shards(files, VOCAB, CONFIG, folder, cells_per_shard=20)
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     same_cells(files, folder)

@@ -27,6 +27,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import read_elem
 from scipy import sparse
 
+from scmodelforge.data.obs import column_names, read_rows
 from scmodelforge.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,26 @@ class Matrix:
         if len(obs) != self.n_cells:
             raise _damaged(self.name, f"{self.place} has {self.n_cells:,} rows, obs {len(obs):,}")
         return obs
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of `obs`, which is not read for this."""
+        return column_names(self._obs)
+
+    def obs_rows(self, start: int, stop: int, columns: list[str] | None = None) -> pd.DataFrame:
+        """The annotations (None: all) of the cells `start:stop`; those of other cells are not read."""
+        try:
+            obs = read_rows(self._obs, start, stop, columns)
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise _damaged(self.name, f"obs cannot be read ({error})") from error
+        if len(obs) != stop - start:
+            raise _damaged(self.name, f"{self.place} has {self.n_cells:,} rows, obs fewer")
+        return obs
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the counts are in memory or mapped into it, so that any cell can be had at once."""
+        return isinstance(self._reader, Rows)
 
     @cached_property
     def library_size(self) -> np.ndarray | None:
@@ -213,6 +234,8 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     key = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     if layer == "raw" and key not in file:
         key = "layers/raw"
+    if key not in file and LIBRARY_SIZE in file["obs"]:
+        layer, key = None, "X"  # a shard: its counts are in X, wherever they came from
     value = file.get(key)
     if value is None or value.attrs.get("encoding-type") == "null":
         raise _no_matrix(source, layer)
