@@ -26,7 +26,7 @@ from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path
 
 BLOCK_CELLS = 2_048
-COPY_ENTRIES = 2**22
+COUNTS = [np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.float32)]  # from small to large
 HASH_BYTES = 2**22
 
 
@@ -48,20 +48,19 @@ def write_shard(
     var = pd.DataFrame({"symbol": vocab.symbols, "biotype": vocab.biotypes}, index=pd.Index(vocab.gene_ids))
     if gene_column not in (None, "index"):
         var[gene_column] = vocab.gene_ids
-    lengths, libraries, largest, whole = [], [], 0.0, True
+    lengths, libraries = [], []
     with (
-        tempfile.TemporaryFile(dir=target.parent) as genes,
-        tempfile.TemporaryFile(dir=target.parent) as counts,
+        tempfile.TemporaryFile(dir=target.parent) as genes_file,
+        tempfile.TemporaryFile(dir=target.parent) as counts_file,
         atomic_path(target) as temporary,
     ):
+        genes, counts = _Blocks(genes_file), _Blocks(counts_file)
         for start in range(0, len(rows), BLOCK_CELLS):
             cells = store.read(rows[start : start + BLOCK_CELLS])
             lengths.append(cells.n_genes_per_cell)
             libraries.append(cells.library_size)
-            largest = max(largest, float(cells.counts.max(initial=0)))
-            whole = whole and bool((cells.counts == np.rint(cells.counts)).all())
-            genes.write(cells.gene_ids.data)
-            counts.write(cells.counts.data)
+            genes.append(cells.gene_ids, np.dtype(np.uint16 if vocab.n_genes <= 2**16 else np.int32))
+            counts.append(cells.counts, _smallest(cells.counts))
         indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         ad.AnnData(obs=obs.assign(**{LIBRARY_SIZE: np.concatenate(libraries)}), var=var).write_h5ad(temporary)
         with h5py.File(temporary, "r+") as file:
@@ -71,26 +70,39 @@ def write_shard(
             shape = (len(rows), vocab.n_genes)
             group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
             group.create_dataset("indptr", data=indptr)
-            _copy(genes, np.dtype(np.int32), group, "indices", np.dtype(np.int32))
-            _copy(counts, np.dtype(np.float32), group, "data", _smallest(largest, whole))
+            genes.write(group, "indices", np.dtype(np.int32))
+            counts.write(group, "data", max((dtype for dtype, _ in counts.parts), key=COUNTS.index))
     return int(indptr[-1])
 
 
-def _copy(held: IO[bytes], dtype: np.dtype, group: h5py.Group, name: str, stored: np.dtype) -> None:
-    """Write the numbers in a file as a dataset; without chunks, so it is contiguous."""
-    n_entries = held.seek(0, os.SEEK_END) // dtype.itemsize
-    dataset = group.create_dataset(name, shape=(n_entries,), dtype=stored)
-    held.seek(0)
-    for begin in range(0, n_entries, COPY_ENTRIES):
-        block = np.frombuffer(held.read(dtype.itemsize * COPY_ENTRIES), dtype=dtype)
-        dataset[begin : begin + len(block)] = block.astype(stored, copy=False)
+class _Blocks:
+    """Blocks of numbers in a file, each in its own type, until the type and length of all are known."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.parts: list[tuple[np.dtype, int]] = []
+
+    def append(self, values: np.ndarray, dtype: np.dtype) -> None:
+        self.file.write(values.astype(dtype).data)
+        self.parts.append((dtype, len(values)))
+
+    def write(self, group: h5py.Group, name: str, dtype: np.dtype) -> None:
+        """Make them one dataset; without chunks, so it is contiguous."""
+        dataset = group.create_dataset(name, shape=(sum(n for _, n in self.parts),), dtype=dtype)
+        begin = 0
+        self.file.seek(0)
+        for held, n in self.parts:
+            block = np.frombuffer(self.file.read(n * held.itemsize), dtype=held)
+            dataset[begin : begin + n] = block.astype(dtype, copy=False)
+            begin += n
 
 
-def _smallest(largest: float, whole: bool) -> np.dtype:
-    """The smallest type that holds numbers from 0 to `largest` (float32 from 2**24 on, as they were read)."""
-    if not whole or largest >= 2**24:
-        return np.dtype(np.float32)
-    return np.dtype(next(kind for kind in (np.uint8, np.uint16, np.uint32) if largest <= np.iinfo(kind).max))
+def _smallest(counts: np.ndarray) -> np.dtype:
+    """The smallest type that holds these counts as they were read (whole numbers are exact up to 2**24)."""
+    largest = counts.max(initial=0)
+    if largest >= 2**24 or (counts != np.rint(counts)).any():
+        return COUNTS[-1]
+    return next(dtype for dtype in COUNTS if largest <= np.iinfo(dtype).max)
 
 
 def file_sha256(path: str | Path) -> str:
