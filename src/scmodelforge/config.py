@@ -61,7 +61,13 @@ class DataConfig(Section):
 
     source: Literal["local"] = Field("local", description="'local': h5ad files on disk.")
     paths: list[str] = Field(
-        default_factory=list, description="One or many .h5ad files; gene sets may differ."
+        default_factory=list,
+        description="One or many .h5ad files, patterns, or folders of shards; gene sets may differ.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder for what is made once and used again: shards of files that train and finetune cannot map "
+        "into memory (compressed, dense, CSC, chunked); null: none.",
     )
     layer: str | None = Field(
         None, description="Where the raw counts are: null for X, 'raw' for .raw.X, else the name of a layer."

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import DataConfig
+from scmodelforge.config import Config, DataConfig
 from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.h5ad import CACHE_BYTES, Matrix, Rows, Source, open_matrix
@@ -21,7 +21,7 @@ from scmodelforge.data.kernels import cells_to_vocabulary
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
 from scmodelforge.genes.tables import SPECIES
-from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, resolve_vocab
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +201,14 @@ def open_store(
         warn_if_few(matrix, match, vocab, share)
         store.sampled.append(sample)
     return store
+
+
+def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
+    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
+    sources = config.data.paths if sources is None else sources
+    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
+    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
+    return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
 
 
 def missing_obs_column(obs: pd.DataFrame, columns: Sequence[str]) -> str:

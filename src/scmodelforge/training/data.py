@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,12 +12,14 @@ import numpy as np
 from anndata import AnnData
 
 from scmodelforge.config import Config
-from scmodelforge.data.h5ad import Source, open_matrix
+from scmodelforge.data.cache import cached_sources
+from scmodelforge.data.h5ad import Source
 from scmodelforge.data.preprocess import gene_medians, select_hvg
+from scmodelforge.data.shards import is_untouched_shard
 from scmodelforge.data.split import split_cells
-from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
+from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store, vocabulary_of
 from scmodelforge.errors import DataError
-from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
+from scmodelforge.genes.vocab import GeneVocab, read_medians
 from scmodelforge.models.bundle import ModelBundle
 from scmodelforge.models.extension import extend_vocabulary, measure_new_medians
 
@@ -59,22 +60,19 @@ class TrainingData:
     def read_through(self) -> None:
         """Read every cell once, so that a broken one is found before training starts.
 
+        Those of shards were read when they were made: they are trusted as `is_untouched_shard` says.
+
         Raises
         ------
         DataError
             If a count is negative or not finite; file, cell and gene are named.
         """
         rows = np.sort(np.concatenate([self.train_rows, self.val_rows]))
+        matrices = self.store.matrices
+        unread = [isinstance(m.source, AnnData) or not is_untouched_shard(m.source) for m in matrices]
+        rows = rows[np.array(unread)[np.searchsorted(self.store.offsets, rows, side="right") - 1]]
         for start in range(0, len(rows), BLOCK_CELLS):
             self.store.read(rows[start : start + BLOCK_CELLS])
-
-
-def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
-    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of `data.paths`."""
-    sources = config.data.paths if sources is None else sources
-    var_frames = [open_matrix(source, config.data.layer).var for source in sources]
-    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column)
-    return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
 
 
 def prepare_data(
@@ -98,15 +96,17 @@ def prepare_data(
     DataError
         If files, genes or counts cannot be used, or no cell is left to train on.
     """
-    sources = [data] if data is not None else list(config.data.paths)
+    sources: list[Source] = [data] if data is not None else list(config.data.paths)
     if not sources:
         raise DataError("There are no cells to train on: data.paths is empty.")
     selected = config.data.preprocessing.hvg is not None
     if vocab is not None:
+        sources = cached_sources(sources, vocab, config.data, selected_genes=selected)
         store = open_store(sources, vocab, config.data, selected_genes=selected)
         return _split(config, store, vocab)
 
     vocab = vocabulary_of(config, sources)
+    sources = cached_sources(sources, vocab, config.data)
     store = open_store(sources, vocab, config.data)
     if problem := missing_obs_column(store.obs, config.obs_columns):
         raise DataError(problem[0].upper() + problem[1:])

@@ -67,6 +67,10 @@ FIXED_TRAINING_KEYS = tuple(
 )
 
 
+# Where cells are read from; the cells themselves are compared (`check_same_cells`).
+PLACES = ("data.paths", "data.cache_dir")
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run left behind.
@@ -339,7 +343,7 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     problems = [
         f"{key}: {plain_value(asked[key])} in the config, {plain_value(had.get(key))} in the run"
         for key in asked
-        if ((key.startswith(sections) and key != "data.paths") or key.startswith(FIXED_TRAINING_KEYS))
+        if ((key.startswith(sections) and key not in PLACES) or key.startswith(FIXED_TRAINING_KEYS))
         and asked[key] != had.get(key)
     ]
     devices = accelerator(config.training)[1]
