@@ -92,7 +92,7 @@ def _on_cluster(
     import distributed
 
     try:
-        client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        client = distributed.Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, ImportError) as error:  # ImportError: a protocol that is not installed
         raise UserError(
             f"No Dask scheduler answers at '{address}' ({error}).\n"

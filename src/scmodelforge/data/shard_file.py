@@ -1,10 +1,11 @@
 """One shard: an .h5ad file whose arrays lie in one piece each, written by blocks of cells.
 
-Layout of `X`: `indptr` int64, `indices` int32 and `data` in the smallest type that holds the counts (uint8, uint16,
+Layout of `X`: `indptr` and `indices` int32 and `data` in the smallest type that holds the counts (uint8, uint16,
 uint32, or float32 where they are no whole numbers), all contiguous and uncompressed, and so are numeric columns of
-obs. Indices would fit uint16, and a third of the bytes would be saved. But then scipy (1.17) refuses `tocoo`,
-`multiply`, `eliminate_zeros` and `sum_duplicates` ("Output dtype not compatible with inputs"), torch takes no such
-indices, and a shard has to be an ordinary file for everyone.
+obs. Indices would fit uint16, and a third of the bytes would be saved. But scipy (1.17) computes with index arrays that
+are both int32 or both int64 alone: of any others `tocoo`, `multiply`, `eliminate_zeros` and `sort_indices` end with
+"Output dtype not compatible with inputs". So both are int64 where a shard has 2**31 counts, which takes more than
+100,000 cells.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scmodelforge.files import atomic_path
 BLOCK_CELLS = 2_048
 COUNTS = [np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.float32)]  # from small to large
 HASH_BYTES = 2**22
+MAX_INT32 = 2**31 - 1
 
 
 def write_shard(
@@ -69,8 +71,9 @@ def write_shard(
             group = file.create_group("X")
             shape = (len(rows), vocab.n_genes)
             group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
-            group.create_dataset("indptr", data=indptr)
-            genes.write(group, "indices", np.dtype(np.int32))
+            index = np.dtype(np.int32 if indptr[-1] <= MAX_INT32 else np.int64)
+            group.create_dataset("indptr", data=indptr.astype(index))
+            genes.write(group, "indices", index)
             counts.write(group, "data", max((dtype for dtype, _ in counts.parts), key=COUNTS.index))
     return int(indptr[-1])
 
