@@ -161,6 +161,20 @@ def ours(path: str, stage: str) -> dict[str, float]:
     return measure(lambda: iter(BatchLoader(make, len(rows) // BATCH, THREADS)))
 
 
+def conversion(path: str) -> dict[str, float]:
+    """`scmodelforge shard`: the file read, mapped to the vocabulary, written, and both hashed."""
+    from scmodelforge.config import DataConfig
+    from scmodelforge.data.shards import write_shards
+    from scmodelforge.genes.vocab import predefined
+
+    vocab = predefined("human_protein_coding")
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder, PeakMemory() as memory:
+        started = time.perf_counter()
+        records = write_shards([path], vocab, DataConfig(), folder)
+        seconds = time.perf_counter() - started
+    return {"rate": sum(record.n_cells for record in records) / seconds, "memory": memory.peak}
+
+
 def ann_collection(path: str) -> dict[str, float]:
     """anndata's AnnCollection over the backed file, shuffled batches."""
     import anndata as ad
@@ -212,6 +226,7 @@ def main() -> None:
             "raw gather": partial(harness.fresh, raw_gather, path=path)
         }
         runs |= {f"ours/{stage}": partial(harness.fresh, ours, path=path, stage=stage) for stage in OURS}
+        runs["conversion"] = partial(harness.fresh, conversion, path=path)
         if options.peers:
             runs["AnnCollection"] = partial(harness.fresh, ann_collection, path=path)
             runs["DataLoader over AnnData"] = partial(harness.fresh, plain_loader, path=path)

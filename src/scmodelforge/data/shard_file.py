@@ -105,7 +105,7 @@ def _smallest(counts: np.ndarray) -> np.dtype:
     largest = counts.max(initial=0)
     if largest >= 2**24 or (counts != np.rint(counts)).any():
         return COUNTS[-1]
-    return next(dtype for dtype in COUNTS if largest <= np.iinfo(dtype).max)
+    return next(dtype for dtype in COUNTS if largest < 2.0 ** (8 * dtype.itemsize))
 
 
 def file_sha256(path: str | Path) -> str:
