@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: the conversion and the training go on where they were, and end as if nothing had been."""
+"""`kill -9` at random moments: conversion and training go on where they were, and end as if nothing had been."""
 
 from __future__ import annotations
 

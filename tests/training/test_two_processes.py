@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import yaml
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data.shards import write_shards
-from scmodelforge.models.bundle import load_model
+from scmodelforge.models.bundle import load_model, read_checkpoint
 from tests.helpers import make_vocab, marker_cells, tiny_config
 from tests.journeys.command import done, files_below
 
@@ -33,7 +36,7 @@ def noted(rows, step, size, seed, epoch, shuffle, rank, world):
 module.batch_rows = noted
 cli.main()
 """
-N_CELLS, EPOCHS = 241, 2
+N_CELLS, EPOCHS = 241, 8
 
 
 def write_config(folder: Path, run: str, batch_size: int) -> Path:
@@ -92,5 +95,27 @@ def test_two_processes_share_uneven_cells_and_learn_as_one(tmp_path: Path) -> No
     two, one = (pd.read_csv(tmp_path / run / "metrics.csv")["val_loss"].dropna() for run in ("two", "one"))
     assert len(two) == EPOCHS
     np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), rtol=0.02)
-    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+    assert one.iloc[-1] < one.iloc[0] - 0.1  # it did learn
+    names = [{re.sub(r"=.*", "", file) for file in files_below(tmp_path / run)} for run in ("two", "one")]
+    assert names[0] == names[1]
     assert load_model(tmp_path / "two/model").vocab.n_genes == 40
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+    marker_cells(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
+    write_shards([tmp_path / "cells.h5ad"], make_vocab(40), DataConfig(), tmp_path / "shards")
+    config, last = write_config(tmp_path, "two", 15), tmp_path / "two/checkpoints/last.ckpt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "scmodelforge.cli", "train", "--config", str(config), "--set"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, "training.max_epochs=10000"], **quiet)
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert output.count("Stopped. To go on:") == 1, output
+    step = read_checkpoint(last)["global_step"]
+    more = f"training.max_epochs={step // 7 + 2}"  # an epoch is 7 steps
+    subprocess.run([*command, more, "--resume", str(last)], **quiet, check=True, timeout=120)
+    assert read_checkpoint(last)["global_step"] > step

@@ -60,6 +60,9 @@ def cached_sources(
     if config.cache_dir is None:
         _warn_if_slow([matrix for matrix in unmapped.values() if _is_slow(matrix)])
         return list(sources)
+    if not unmapped:
+        log.info("data.cache_dir has nothing to do for shards: all cells are mapped as they are.")
+        return list(sources)
     cache = ensure_writable(Path(config.cache_dir).expanduser())
     found: list[Source] = []
     for source in sources:
