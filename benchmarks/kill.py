@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-N_CELLS, N_GENES, EPOCHS = 3_000, 400, 40
+N_CELLS, N_GENES, EPOCHS = 3_000, 400, 12
+SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def write_cells(path: Path, seed: int, n_cells: int) -> None:
@@ -41,12 +42,18 @@ def write_cells(path: Path, seed: int, n_cells: int) -> None:
     ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=var).write_h5ad(path, compression="gzip")
 
 
+def one_thread() -> dict[str, str]:
+    """The environment of a process whose sums have one order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def killed_until_done(command: list[str], kills: int, longest: float, rng: np.random.Generator) -> int:
     """Run a command, kill it up to `kills` times at random moments, then let it end; returns the kills."""
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = 0
     while True:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=threads)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=one_thread()
+        )
         try:
             output, _ = process.communicate(timeout=rng.uniform(0, longest) if done < kills else None)
         except subprocess.TimeoutExpired:
@@ -122,22 +129,24 @@ def kill_train(work: Path, kills: int, rng: np.random.Generator) -> int:
         return [*start, "--resume", str(last)] if last.exists() else start
 
     started = time.perf_counter()
-    killed_until_done(command("undisturbed"), 0, 0, rng)
-    seconds = time.perf_counter() - started
+    process = subprocess.Popen(command("undisturbed"), env=one_thread(), **SILENT)
+    while process.poll() is None and not (work / "undisturbed/checkpoints/last.ckpt").exists():
+        time.sleep(0.05)
+    first = time.perf_counter() - started
+    if process.wait():
+        raise SystemExit("The undisturbed run failed.")
+    steps = time.perf_counter() - started - first
     done = 0
     for _ in range(kills):
-        process = subprocess.Popen(
-            command("disturbed"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        process = subprocess.Popen(command("disturbed"), env=one_thread(), **SILENT)
         try:
-            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
+            code = process.wait(timeout=rng.uniform(first / 2, first + steps / 8))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            code = process.wait() and 0
             done += 1
+        if code:
+            raise SystemExit(f"A resumed run ended with {code}.")
     killed_until_done(command("disturbed"), 0, 0, rng)
     last = [read_checkpoint(work / run / "checkpoints/last.ckpt") for run in ("undisturbed", "disturbed")]
     same = all(

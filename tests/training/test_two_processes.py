@@ -40,7 +40,12 @@ N_CELLS, EPOCHS = 241, 8
 
 
 def write_config(folder: Path, run: str, batch_size: int) -> Path:
-    training = {"batch_size": batch_size, "max_epochs": EPOCHS, "checkpoint_every_n_steps": 2}
+    training = {
+        "batch_size": batch_size,
+        "max_epochs": EPOCHS,
+        "checkpoint_every_n_steps": 5,
+        "optimizer": {"lr": 0.03},
+    }
     data = {"paths": [str(folder / "shards")]}
     config = tiny_config(folder / run, data=data, training=training).model_dump(exclude_unset=True)
     path = folder / f"{run}.yaml"
@@ -94,8 +99,9 @@ def test_two_processes_share_uneven_cells_and_learn_as_one(tmp_path: Path) -> No
     done("train", "--config", write_config(tmp_path, "one", 30))
     two, one = (pd.read_csv(tmp_path / run / "metrics.csv")["val_loss"].dropna() for run in ("two", "one"))
     assert len(two) == EPOCHS
-    np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), rtol=0.02)
-    assert one.iloc[-1] < one.iloc[0] - 0.1  # it did learn
+    learned = one.iloc[0] - one.iloc[-1]
+    assert learned > 0.1
+    np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), atol=learned / 3)
     names = [{re.sub(r"=.*", "", file) for file in files_below(tmp_path / run)} for run in ("two", "one")]
     assert names[0] == names[1]
     assert load_model(tmp_path / "two/model").vocab.n_genes == 40
