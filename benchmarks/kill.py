@@ -143,8 +143,8 @@ def kill_train(work: Path, kills: int, rng: np.random.Generator) -> int:
             code = process.wait(timeout=rng.uniform(first / 2, first + steps / 8))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            code = process.wait() and 0
-            done += 1
+            process.wait()
+            done, code = done + 1, 0
         if code:
             raise SystemExit(f"A resumed run ended with {code}.")
     killed_until_done(command("disturbed"), 0, 0, rng)
