@@ -51,7 +51,9 @@ def write_cells(path: str, n_cells: int) -> None:
     obs = pd.DataFrame(index=pd.RangeIndex(n_cells).astype(str))
     ad.AnnData(obs=obs, var=pd.DataFrame(index=pd.Index(genes))).write_h5ad(path)
     lengths = rng.integers(COUNTS_PER_CELL // 2, 3 * COUNTS_PER_CELL // 2, n_cells)
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    if indptr[-1] < 2**31:  # scipy computes with two int32, or two int64, not with one of each
+        indptr = indptr.astype(np.int32)
     with h5py.File(path, "r+") as file:
         if "X" in file:
             del file["X"]

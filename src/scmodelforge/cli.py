@@ -5,6 +5,7 @@ A mistake in the input ends with one message and exit code 2, never with a trace
 
 from __future__ import annotations
 
+import glob
 import logging
 import shlex
 import sys
@@ -40,6 +41,10 @@ ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint (.ckpt) o
 DataOption = Annotated[Path, typer.Option("--data", help="An .h5ad file with raw counts.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="The .h5ad file to write.")]
 InPlaceOption = Annotated[bool, typer.Option("--in-place", help="Write into the input file instead.")]
+DaskOption = Annotated[
+    str | None,
+    typer.Option("--dask", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it."),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cells per batch.")]
 
 
@@ -121,27 +126,51 @@ def benchmark(
 @app.command()
 def embed(
     model: ModelOption,
-    data: DataOption,
-    output: OutputOption = None,
+    data: Annotated[
+        list[str], typer.Option("--data", help=".h5ad file with raw counts; repeatable, or a quoted pattern.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The .h5ad file to write; the folder, of many files.")
+    ] = None,
     in_place: InPlaceOption = False,
     key: Annotated[str, typer.Option("--key", help="Name in obsm.")] = "X_scmodelforge",
     pooling: Annotated[
         str | None, typer.Option("--pooling", help="mean, cls or window; default: the model's.")
     ] = None,
     batch_size: BatchOption = 64,
+    dask: DaskOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Write cell embeddings into obsm of a copy of the file, or of the file itself."""
+    """Write cell embeddings into obsm of a copy of the file, or of the file itself; or of copies of many files."""
     from scmodelforge.config_io import load_config
 
-    settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(data, output, in_place)
+    settings = load_config(config, set_ or [], MODEL_SECTIONS)
+    many = len(data) > 1 or dask is not None or (not Path(data[0]).exists() and glob.has_magic(data[0]))
+    if many and (in_place or output is None or output.suffix == ".h5ad"):
+        raise UserError("Many files need a folder to write into: --output DIR.")
     if pooling not in (None, "mean", "cls", "window"):
         raise UserError(f"--pooling is '{pooling}'; it must be mean, cls or window.")
+    if many:
+        from scmodelforge.inference_many import embed_files, files_of
+
+        counts = embed_files(
+            files_of(data),
+            output,  # type: ignore[arg-type]
+            model,
+            key_added=key,
+            batch_size=batch_size,
+            pooling=pooling,
+            config=settings,
+            dask=dask,
+        )
+        print(f"{sum(counts.values()):,} cells of {len(counts):,} files embedded: obsm['{key}'] in {output}")
+        return
     from scmodelforge.inference import embed_file
 
+    target = _target(Path(data[0]), output, in_place)
     n_cells = embed_file(
-        data, target, model, key_added=key, batch_size=batch_size, pooling=pooling, config=settings
+        data[0], target, model, key_added=key, batch_size=batch_size, pooling=pooling, config=settings
     )
     print(f"{n_cells:,} cells embedded: obsm['{key}'] of {target}")
 
@@ -218,6 +247,7 @@ def shard(
     ] = None,
     cells_per_shard: Annotated[int, typer.Option("--cells-per-shard", min=1)] = 100_000,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Files side by side.")] = 1,
+    dask: DaskOption = None,
     verify: Annotated[Path | None, typer.Option("--verify", help="Check the shards in this folder.")] = None,
     set_: SetOption = None,
 ) -> None:
@@ -236,16 +266,17 @@ def shard(
         raise UserError("Say where to write: --output DIR.")
     from scmodelforge.data.shards import write_shards
     from scmodelforge.data.sources import sources_of
-    from scmodelforge.training.data import vocabulary_of
+    from scmodelforge.data.store import vocabulary_of
 
     vocab = vocabulary_of(settings)
+    sources = sources_of(settings.data)
     records = write_shards(
-        sources_of(settings.data), vocab, settings.data, output, obs_columns, cells_per_shard, processes
+        sources, vocab, settings.data, output, obs_columns, cells_per_shard, processes, dask
     )
     n_cells, plural = sum(record.n_cells for record in records), "s" * (len(records) != 1)
     print(
         f"{n_cells:,} cells in {len(records):,} shard{plural}: {output}\n"
-        f"Train on them with data.paths: ['{output}/*.h5ad']"
+        f"Train on them with data.paths: ['{output}']"
     )
 
 

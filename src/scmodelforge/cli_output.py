@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -15,12 +16,20 @@ if TYPE_CHECKING:
     from scmodelforge.training.run import RunResult
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of the processes of a run (torchrun, Lightning's DDP) that speaks for all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:
     if result.interrupted:
         sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
         last = shlex.quote(str(result.checkpoint_dir / "last.ckpt"))
-        print(f"Stopped. To go on:\n  {again}{sets} --resume {last}")
+        if is_first_process():
+            print(f"Stopped. To go on:\n  {again}{sets} --resume {last}")
         raise typer.Exit(130)
+    if not is_first_process():
+        return
     figures = "  ".join(
         f"{name} {value:.4g}"
         for name, value in result.metrics.items()
@@ -86,7 +95,7 @@ def set_up_messages() -> None:
     handler.addFilter(_Once())
     ours = logging.getLogger("scmodelforge")
     ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     ours.propagate = False
     warnings.filterwarnings(
         "ignore", module=r"(lightning|torch|anndata|scanpy|umap|numba|torchmetrics|sklearn)\b"

@@ -127,12 +127,14 @@ class DataConfig(Section):
     )
     paths: list[str] = Field(
         default_factory=list,
-        description="One or many .h5ad files or .zarr stores, patterns, or URLs of such; gene sets may differ.",
+        description="One or many .h5ad files or .zarr stores, patterns or URLs of such, or folders of shards; gene "
+        "sets may differ.",
     )
     cache_dir: str | None = Field(
         None,
-        description="Folder where remote files are kept; null: the folder that SCMODELFORGE_CACHE names, else "
-        "~/.cache/scmodelforge.",
+        description="Folder for what is made once and used again: shards of files that train and finetune cannot map "
+        "into memory (compressed, dense, CSC, chunked), and remote files. null: no such shards, and remote files in "
+        "the folder that SCMODELFORGE_CACHE names, else ~/.cache/scmodelforge.",
     )
     cache_size_gb: float = Field(
         100.0,

@@ -126,8 +126,7 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
     if data.preprocessing.normalize == "none":
         yield "data.preprocessing.target_sum", "data.preprocessing.normalize is none"
     if not any("://" in path for path in data.paths):
-        for key in ("cache_dir", "cache_size_gb"):
-            yield f"data.{key}", "no file of data.paths is remote"
+        yield "data.cache_size_gb", "no file of data.paths is remote"
     if not data.split.val_split:
         yield "data.split.group_key", "data.split.val_split is 0"
     if data.sampling is not None and data.sampling.label_key is None:

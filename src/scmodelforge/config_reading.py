@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from scmodelforge.config import Config, Section
 from scmodelforge.errors import ConfigError
+from scmodelforge.manifest import shards_or_problem
 
 Loc = tuple[str | int, ...]
 
@@ -268,17 +269,21 @@ class Reading:
             name = os.path.expanduser(path)
             matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
             text = None
-            if not matches and glob.has_magic(name):
-                text = f"the pattern '{path}' matches no file"
+            if os.path.isdir(name) and not _is_zarr(name):
+                matches, text = shards_or_problem(name)
             elif not matches:
-                text = f"the file '{path}' does not exist"
-            elif os.path.isdir(name) and not _is_zarr(name):
-                text = f"'{path}' is a folder; name its files, for example {os.path.join(path, '*.h5ad')}"
-            elif twice := [match for match in matches if os.path.realpath(match) in seen]:
+                pattern = glob.has_magic(name)
+                text = (
+                    f"the pattern '{path}' matches no file"
+                    if pattern
+                    else f"the file '{path}' does not exist"
+                )
+            if text is None and (twice := [match for match in matches if os.path.realpath(match) in seen]):
                 text = f"'{twice[0]}' is listed twice, so its cells would count twice"
             if text:
-                where = "" if os.path.isabs(name) else f" (working folder: {os.getcwd()})"
-                self.problem((*loc, index), f"data.paths: {text}{where if not matches else ''}")
+                known = os.path.isabs(name) or matches or os.path.isdir(name)
+                where = "" if known else f" (working folder: {os.getcwd()})"
+                self.problem((*loc, index), f"data.paths: {text}{where}")
             found += matches
             seen.update(map(os.path.realpath, matches))
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scmodelforge.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def require_writable(folder: str | Path) -> Path:
@@ -82,6 +86,28 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Let one process at a time write into `folder`; others wait. What a killed one left half-written is removed.
+
+    The lock is on the folder itself and is gone when the process is. File systems without locks go without.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("Waiting for another process that writes into '%s'.", folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # NFS may refuse
+            log.debug("'%s' cannot be locked.", folder)
+        for left_over in Path(folder).glob(".*.tmp"):
+            left_over.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

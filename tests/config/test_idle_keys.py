@@ -60,7 +60,6 @@ def named(tree: dict[str, Any]) -> list[str]:
         ({"data": {"split": {"val_split": 0}}}, "data.split.group_key", "donor"),
         (MIXTURE, "data.sampling.label_power", 0.5),
         (MIXTURE, "data.sampling.curriculum_epochs", 3),
-        ({"data": {"paths": ["a.h5ad"]}}, "data.cache_dir", "/scratch"),
         ({}, "data.cache_size_gb", 10),
         (SCGPT, "tokenizer.gene_medians", "none"),
         (SCGPT, "tokenizer.max_value", 30),

@@ -422,7 +422,8 @@ def test_paths_that_lead_nowhere(write: Write) -> None:
     assert problems(path, require_data=True) == [
         f"c.yaml:4: data.paths: the file 'gone.h5ad' does not exist {here}",
         f"c.yaml:5: data.paths: the pattern 'gone/*.h5ad' matches no file {here}",
-        "c.yaml:6: data.paths: 'folder' is a folder; name its files, for example folder/*.h5ad",
+        "c.yaml:6: data.paths: 'folder' is a folder without manifest.json, so not of shards; name its files, "
+        "for example folder/*.h5ad",
         "c.yaml:7: data.paths: './a.h5ad' is listed twice, so its cells would count twice",
         "c.yaml:8: data.gene_vocab: there is no file 'human_protien_coding'; "
         "did you mean human_protein_coding?",

@@ -32,6 +32,7 @@ from scmodelforge.data.matrix import (
     Dense,
     Held,
     Matrix,
+    ObsParts,
     Reader,
     Rows,
     check_numeric,
@@ -42,6 +43,7 @@ from scmodelforge.data.matrix import (
     read_frame,
     spans,
 )
+from scmodelforge.data.obs import column_names, read_rows
 from scmodelforge.data.open_files import LentFile, Mapped
 from scmodelforge.errors import DataError
 
@@ -70,6 +72,17 @@ def open_h5ad(path: str | Path, source: Any, layer: str | None, cache_bytes: int
         lent.close()  # as below
         return frame
 
+    def obs_columns() -> list[str]:
+        with lent.borrow() as opened:
+            return column_names(opened.file["obs"])
+
+    def obs_rows(start: int, stop: int, columns: list[str] | None) -> pd.DataFrame:
+        try:
+            with lent.borrow() as opened:
+                return read_rows(opened.file["obs"], start, stop, columns)
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise damaged(name, f"obs cannot be read ({error})") from error
+
     with lent.borrow() as opened:
         file = opened.file
         for part in ("obs", "var"):
@@ -84,6 +97,9 @@ def open_h5ad(path: str | Path, source: Any, layer: str | None, cache_bytes: int
         key = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
         if layer == "raw" and key not in file:
             key = "layers/raw"
+        place = layer
+        if key not in file and LIBRARY_SIZE in file["obs"]:
+            place, key = None, "X"  # a shard: its counts are in X, wherever they came from
         value = file.get(key)
         if value is None or value.attrs.get("encoding-type") == "null":
             raise no_matrix(name, layer, _places(file))
@@ -96,13 +112,14 @@ def open_h5ad(path: str | Path, source: Any, layer: str | None, cache_bytes: int
             with lent.borrow() as opened:
                 yield lambda part: opened[f"{key}/{part}" if part else key]
 
-        held = held_on_disk(value, name, place_of(layer), lend)
+        held = held_on_disk(value, name, place_of(place), lend)
         library = None
         if LIBRARY_SIZE in file["obs"]:
             library = np.asarray(file["obs"][LIBRARY_SIZE][:], dtype=np.float64)
         genes = _genes(file[var], name, var)
     lent.close()  # HDF5 keeps what it has read of var, in every file
-    return Matrix(source, layer, held, genes, obs, lambda: library, close=lent.close)
+    some_obs = ObsParts(obs_columns, obs_rows)
+    return Matrix(source, place, held, genes, obs, lambda: library, close=lent.close, some_obs=some_obs)
 
 
 def _genes(group: h5py.Group, name: str, part: str) -> pd.DataFrame:

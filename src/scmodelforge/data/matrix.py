@@ -76,6 +76,13 @@ class Held(NamedTuple):
     storage: str
 
 
+class ObsParts(NamedTuple):
+    """How annotations on disk are read in parts: their names, and the rows from one to before another."""
+
+    columns: Callable[[], list[str]]
+    rows: Callable[[int, int, list[str] | None], pd.DataFrame]
+
+
 class Matrix:
     """Cells × genes, read by rows; made by `open_matrix`.
 
@@ -116,6 +123,7 @@ class Matrix:
         shuffle_buffer: int | None = None,
         block_cells: int | None = None,
         close: Callable[[], None] = lambda: None,
+        some_obs: ObsParts | None = None,
     ) -> None:
         self.source, self.layer = source, layer
         self.name = "AnnData" if isinstance(source, ad.AnnData) else str(source)
@@ -124,6 +132,7 @@ class Matrix:
         self._reader, (self.n_cells, self.n_genes), self.storage = held
         self._in_place = held.reader.in_place if isinstance(held.reader, _InPlace) else None
         self._read_obs, self._read_library_size, self._close = obs, library_size, close
+        self._some_obs = some_obs
         if len(var) != self.n_genes:
             raise damaged(self.name, f"{self.place} has {self.n_genes:,} columns, var {len(var):,} rows")
         if not self.n_cells or not self.n_genes:
@@ -145,6 +154,28 @@ class Matrix:
         if len(obs) != self.n_cells:
             raise damaged(self.name, f"{self.place} has {self.n_cells:,} rows, obs {len(obs):,}")
         return obs
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of `obs`, which is not read for this where it is on disk."""
+        return self._some_obs.columns() if self._some_obs else [str(name) for name in self.obs.columns]
+
+    def obs_rows(self, start: int, stop: int, columns: list[str] | None = None) -> pd.DataFrame:
+        """The annotations (None: all) of the cells `start:stop`; those of other cells are not read from a file."""
+        if self._some_obs is None:
+            obs = self.obs if columns is None else self.obs[columns]
+            return obs.iloc[start:stop].set_axis(
+                obs.index[start:stop].astype(str)
+            )  # the Census numbers its cells
+        obs = self._some_obs.rows(start, stop, columns)
+        if len(obs) != stop - start:
+            raise damaged(self.name, f"{self.place} has {self.n_cells:,} rows, obs fewer")
+        return obs
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the counts are in memory or mapped into it, so that any cell can be had at once."""
+        return self._in_place is not None
 
     @cached_property
     def library_size(self) -> np.ndarray | None:

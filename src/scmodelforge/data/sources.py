@@ -39,7 +39,7 @@ def members(source: Source) -> list[Source]:
     """The AnnData stores in a zarr collection; of anything else the source alone."""
     if isinstance(source, ad.AnnData | CensusConfig) or not _is_zarr(source):
         return [source]
-    names = zarr_members(_local(source), str(source))
+    names = zarr_members(local_path(source), str(source))
     if isinstance(source, Remote):
         return [replace(source, member=name) for name in names] or [source]
     return [str(Path(source) / name) for name in names] or [source]
@@ -68,8 +68,8 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     if isinstance(source, ad.AnnData):
         return _open_anndata(source, layer)
     if _is_zarr(source):
-        return open_zarr(_local(source), source, layer)
-    return open_h5ad(_local(source), source, layer, cache_bytes)
+        return open_zarr(local_path(source), source, layer)
+    return open_h5ad(local_path(source), source, layer, cache_bytes)
 
 
 def matrix_places(source: Source) -> list[str | None]:
@@ -78,7 +78,7 @@ def matrix_places(source: Source) -> list[str | None]:
         return [None]
     if not isinstance(source, ad.AnnData):
         places = zarr_places if _is_zarr(source) else h5ad_places
-        return places(_local(source), str(source))
+        return places(local_path(source), str(source))
     layers, has_raw = list(source.layers), source.raw is not None
     names = [layer for layer in layers if layer != "raw" or not has_raw]
     return [None] * (source.X is not None) + names + ["raw"] * has_raw
@@ -93,7 +93,8 @@ def _is_zarr(source: str | Path | Remote) -> bool:
     return is_zarr(source) or (Path(source).suffix == ".zarr" and not Path(source).is_file())
 
 
-def _local(source: str | Path | Remote) -> Path:
+def local_path(source: str | Path | Remote) -> Path:
+    """Where a file lies on this machine; a remote one is fetched first."""
     if is_url(source):
         source = Remote(str(source))
     return source.local if isinstance(source, Remote) else Path(source)

@@ -13,19 +13,19 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import DataConfig
+from scmodelforge.config import Config, DataConfig
 from scmodelforge.data import state
 from scmodelforge.data.batch import CellBatch, MeasuredGenes
 from scmodelforge.data.h5ad import CACHE_BYTES
 from scmodelforge.data.kernels import cells_to_vocabulary
 from scmodelforge.data.matrix import Matrix, Rows
 from scmodelforge.data.open_files import MOST_OPEN
-from scmodelforge.data.sources import Source, open_matrix
+from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
 from scmodelforge.genes.tables import SPECIES
-from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, resolve_vocab
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,9 @@ def open_store(
     cache = min(CACHE_BYTES, ALL_CACHES_BYTES // (2 * min(len(sources), MOST_OPEN)))
     n_sampled = max(state.FEWEST_CELLS, min(state.SAMPLE_CELLS, state.SAMPLE_CELLS_OF_ALL // len(sources)))
     matrices, sampled = [open_matrix(source, config.layer, cache) for source in sources], []
-    known_var: dict[tuple[int, str | None], GeneMatch] = {}  # by the frame, which files with the same genes share
+    known_var: dict[
+        tuple[int, str | None], GeneMatch
+    ] = {}  # by the frame, which files with the same genes share
     matches = []
     for matrix, species in zip(matrices, species_of_matrices(matrices, config), strict=True):
         shared = id(matrix.var), species
@@ -267,6 +269,18 @@ def open_store(
     store = CellStore(matrices, matches, vocab)
     store.sampled = sampled
     return store
+
+
+def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
+    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of the config's."""
+    sources = sources_of(config.data) if sources is None else sources
+    # Opening thousands of files takes a while.
+    needed = sources if config.data.gene_vocab == "from_data" else ()
+    matrices = [open_matrix(source, config.data.layer) for source in needed]
+    species = species_of_matrices(matrices, config.data) if matrices else ()
+    var_frames = [matrix.var for matrix in matrices]
+    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column, species)
+    return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
 
 
 def missing_obs_column(obs: pd.DataFrame, columns: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
+from scmodelforge.data.cache import cached_sources, warn_if_slow
 from scmodelforge.data.sources import sources_of
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.state import evenly
@@ -103,7 +104,10 @@ def finetune(
             raise DataError("There are no cells to fine-tune on: data.paths is empty.")
         n_genes = pretrained.vocab.n_genes
         pretrained = extend_vocabulary(pretrained, sources, config)
+        selected = pretrained.config.data.preprocessing.hvg is not None
+        sources = cached_sources(sources, pretrained.vocab, config.data, selected)
         store = open_for(pretrained, sources, config.data)
+        warn_if_slow(store.matrices)
         targets = read_targets(store, config)
         labelled = targets.values[targets.rows]
         train, val = split_cells(

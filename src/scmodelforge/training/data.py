@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,17 @@ from anndata import AnnData
 
 from scmodelforge.config import Config
 from scmodelforge.config_census import CensusConfig
+from scmodelforge.data.cache import cached_sources
 from scmodelforge.data.census import census_facts
-from scmodelforge.data.sources import Source, open_matrix, sources_of
-from scmodelforge.data.species import species_of_matrices
+from scmodelforge.data.shards import is_untouched_shard
+from scmodelforge.data.sources import Source, sources_of
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.state import evenly
 from scmodelforge.data.statistics import gene_medians
-from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store
+from scmodelforge.data.store import CellStore, missing_obs_column, obs_categories, open_store, vocabulary_of
 from scmodelforge.data.variable_genes import select_hvg
 from scmodelforge.errors import DataError
-from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab, read_medians, resolve_vocab
+from scmodelforge.genes.vocab import GeneVocab, read_medians
 from scmodelforge.models.bundle import ModelBundle
 from scmodelforge.models.extension import extend_vocabulary, measure_new_medians
 
@@ -74,7 +75,8 @@ class TrainingData:
     def read_through(self) -> None:
         """Read every cell once, so that a broken one is found before training starts.
 
-        Not where that would take long (the Census): there each cell is checked as training reads it.
+        Not those of the Census, which would take long and are checked as training reads them, nor those of shards,
+        which were read when they were made: they are trusted as `is_untouched_shard` says.
 
         Raises
         ------
@@ -82,22 +84,16 @@ class TrainingData:
             If a count is negative or not finite; file, cell and gene are named.
         """
         rows = np.sort(np.concatenate([self.train_rows, self.val_rows]))
-        quick = np.array([not isinstance(matrix.source, CensusConfig) for matrix in self.store.matrices])
-        rows = rows[quick[np.searchsorted(self.store.offsets, rows, side="right") - 1]]
+        unread = np.array([_must_be_read(matrix.source) for matrix in self.store.matrices])
+        rows = rows[unread[np.searchsorted(self.store.offsets, rows, side="right") - 1]]
         for start in range(0, len(rows), BLOCK_CELLS):
             self.store.read(rows[start : start + BLOCK_CELLS])
 
 
-def vocabulary_of(config: Config, sources: Sequence[Source] | None = None) -> GeneVocab:
-    """The vocabulary that a config names, before genes are selected in it; `sources`: instead of the config's."""
-    sources = sources_of(config.data) if sources is None else sources
-    # Opening thousands of files takes a while.
-    needed = sources if config.data.gene_vocab == "from_data" else ()
-    matrices = [open_matrix(source, config.data.layer) for source in needed]
-    species = species_of_matrices(matrices, config.data) if matrices else ()
-    var_frames = [matrix.var for matrix in matrices]
-    vocab = resolve_vocab(config.data.gene_vocab, var_frames, config.data.gene_column, species)
-    return vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
+def _must_be_read(source: Source) -> bool:
+    if isinstance(source, CensusConfig):
+        return False
+    return not isinstance(source, str | Path) or not is_untouched_shard(source)
 
 
 def prepare_data(
@@ -121,16 +117,20 @@ def prepare_data(
     DataError
         If files, genes or counts cannot be used, or no cell is left to train on.
     """
-    sources = [data] if data is not None else sources_of(config.data)
+    sources: list[Source] = [data] if data is not None else sources_of(config.data)
     if not sources:
         raise DataError("There are no cells to train on: data.paths is empty.")
     selected = config.data.preprocessing.hvg is not None
     if vocab is not None:
+        sources = cached_sources(sources, vocab, config.data, selected_genes=selected)
         store = open_store(sources, vocab, config.data, selected_genes=selected)
+        warn_if_slow(store.matrices)
         return _split(config, store, vocab)
 
     vocab = vocabulary_of(config, sources)
+    sources = cached_sources(sources, vocab, config.data)
     store = open_store(sources, vocab, config.data)
+    warn_if_slow(store.matrices)
     if problem := missing_obs_column(store.obs, config.obs_columns):
         raise DataError(problem[0].upper() + problem[1:])
     prepared = _split(config, store, vocab)

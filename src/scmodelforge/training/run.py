@@ -41,12 +41,12 @@ from scmodelforge.training.data import TrainingData, prepare_data, prepare_given
 from scmodelforge.training.module import PretrainingModule, TrainingModule
 from scmodelforge.training.setup import (
     RunFolders,
-    accelerator,
     build_trainer,
     check_environment,
     choose_folders,
     collected_notes,
     create_folders,
+    n_processes,
     write_provenance,
 )
 
@@ -67,6 +67,7 @@ FIXED_TRAINING_KEYS = tuple(
         "accumulate_grad_batches",
     )
 )
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -234,7 +235,7 @@ def fit(
     module.description |= {
         "run_dir": str(folders.run),
         "data": prepared.facts,
-        "devices": accelerator(training)[1],
+        "devices": n_processes(training),
         "cpu_threads": torch.get_num_threads(),
     }
     cells = CellDataModule(
@@ -344,7 +345,7 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
         if ((key.startswith(sections) and key not in MAY_DIFFER) or key.startswith(FIXED_TRAINING_KEYS))
         and asked.get(key) != had.get(key)
     ]
-    devices = accelerator(config.training)[1]
+    devices = n_processes(config.training)
     if devices != plain["devices"]:
         problems.append(f"devices: {devices} here, {plain['devices']} in the run")
     if problems:

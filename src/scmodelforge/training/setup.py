@@ -80,11 +80,40 @@ def check_environment(training: TrainingConfig) -> None:
 
 
 def accelerator(training: TrainingConfig) -> tuple[str, int]:
-    """What to train on: ("gpu", how many) or ("cpu", 1)."""
+    """What to train on, on this machine: ("gpu", how many) or ("cpu", how many processes).
+
+    Processes that torchrun started are taken as they are; without it a CPU runs one.
+    """
     available = torch.cuda.device_count()
     wanted = available if training.num_gpus is None else training.num_gpus
     used = min(wanted, available)
-    return ("gpu", used) if used else ("cpu", 1)
+    kind = "gpu" if used else "cpu"
+    if not started_by_torchrun():
+        return kind, used or 1
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    if kind == "gpu" and processes > used:
+        raise ConfigError(
+            f"torchrun started {processes} processes on a machine with {used} GPUs to use (training.num_gpus: "
+            f"{training.num_gpus}). Start one for each: --nproc-per-node {used}."
+        )
+    return kind, processes
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process, as one of several or alone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_WORLD_SIZE" in os.environ
+
+
+def n_machines() -> int:
+    """Machines that train together, as torchrun says."""
+    if not started_by_torchrun():
+        return 1
+    return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def n_processes(training: TrainingConfig) -> int:
+    """Processes that train together, on all machines."""
+    return accelerator(training)[1] * n_machines()
 
 
 def choose_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> RunFolders:
@@ -101,7 +130,14 @@ def choose_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> R
 
 
 def _new_run_name() -> str:
-    """runs/DATE-TIME, the same for all processes that Lightning starts for one run."""
+    """runs/DATE-TIME, the same for all processes that Lightning starts for one run; of torchrun's, runs/ITS-ID."""
+    if started_by_torchrun():
+        name = os.environ["TORCHELASTIC_RUN_ID"]
+        if name == "none":
+            raise ConfigError(
+                "Processes that torchrun started on several machines need one name for their run: set training.run_dir."
+            )
+        return f"runs/{name}"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         os.environ[RUN_DIR_VARIABLE] = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     return os.environ[RUN_DIR_VARIABLE]
@@ -145,7 +181,7 @@ def build_trainer(
     """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
     _quiet_lightning()
     kind, count = accelerator(training)
-    if training.num_gpus and (kind, count) != ("gpu", training.num_gpus):
+    if training.num_gpus and (kind, count) != ("gpu", training.num_gpus) and not started_by_torchrun():
         found = f"{count} GPU{'s' * (count > 1)}" if kind == "gpu" else "the CPU"
         log.warning(
             "training.num_gpus is %d, but only %s can be used here: training on it.", training.num_gpus, found
@@ -153,7 +189,8 @@ def build_trainer(
     return Trainer(
         accelerator=kind,
         devices=count,
-        strategy=strategy if count > 1 else "auto",
+        num_nodes=n_machines(),
+        strategy=strategy if n_processes(training) > 1 else "auto",
         precision=training.precision,
         max_epochs=training.max_epochs,
         max_steps=training.max_steps or -1,
