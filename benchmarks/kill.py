@@ -1,9 +1,9 @@
 """Is anything lost when `shard` or `train` is killed? Kills each many times and compares with what was left alone.
 
-`scmodelforge shard` and `scmodelforge train` (on those shards, a checkpoint each step) run as processes of their own
-and get SIGKILL after a random time, drawn from a seed, again and again; each next start goes on where the last one
-was. At the end the shards must hold the same bytes of cells, with no file too many, and the last checkpoint the same
-weights, bit for bit, as those of a conversion and a run that nobody disturbed.
+`scmodelforge shard` and `scmodelforge train` (on those shards, a checkpoint every second step) run as their own
+processes and get SIGKILL after a random time, drawn from a seed, again and again; each next start goes on where
+the last one was. At the end the shards must hold the same bytes of cells, with no file too many, and the last
+checkpoint the same weights, bit for bit, as those of a conversion and a run that nobody disturbed.
 
     python benchmarks/kill.py --kills 20 --seed 0
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-N_CELLS, N_GENES, EPOCHS = 3_000, 400, 12
+N_CELLS, N_GENES, EPOCHS = 3_000, 400, 3
 SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -118,7 +118,7 @@ def kill_train(work: Path, kills: int, rng: np.random.Generator) -> int:
         "data": {"paths": [str(work / "whole")], "gene_vocab": "from_data"},
         "tokenizer": {"max_genes": 32},
         "model": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2},
-        "training": {"batch_size": 512, "max_epochs": EPOCHS, "checkpoint_every_n_steps": 1, "num_gpus": 0},
+        "training": {"batch_size": 512, "max_epochs": EPOCHS, "checkpoint_every_n_steps": 2, "num_gpus": 0},
     }
     (work / "train.yaml").write_text(json.dumps(config))
 
