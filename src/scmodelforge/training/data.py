@@ -14,7 +14,7 @@ from anndata import AnnData
 
 from scmodelforge.config import Config
 from scmodelforge.config_census import CensusConfig
-from scmodelforge.data.cache import cached_sources
+from scmodelforge.data.cache import cached_sources, warn_if_slow
 from scmodelforge.data.census import census_facts
 from scmodelforge.data.shards import is_untouched_shard
 from scmodelforge.data.sources import Source, sources_of
