@@ -264,6 +264,7 @@ def shard(
     settings = load_config(_needed(config, "shard"), set_ or [], ("data",), require_data=True)
     if output is None:
         raise UserError("Say where to write: --output DIR.")
+    from scmodelforge.data.shard_statistics import write_gene_statistics
     from scmodelforge.data.shards import write_shards
     from scmodelforge.data.sources import sources_of
     from scmodelforge.data.store import vocabulary_of
@@ -273,10 +274,12 @@ def shard(
     records = write_shards(
         sources, vocab, settings.data, output, obs_columns, cells_per_shard, processes, dask
     )
+    medians = write_gene_statistics(output, vocab, settings.data)
     n_cells, plural = sum(record.n_cells for record in records), "s" * (len(records) != 1)
     print(
         f"{n_cells:,} cells in {len(records):,} shard{plural}: {output}\n"
-        f"Train on them with data.paths: ['{output}']"
+        f"Train on them with data.paths: ['{output}'], and without measuring them again with "
+        f"tokenizer.gene_medians: {medians}"
     )
 
 

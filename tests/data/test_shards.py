@@ -16,11 +16,13 @@ from scmodelforge.config import DataConfig
 from scmodelforge.data import shards
 from scmodelforge.data.check import check_data
 from scmodelforge.data.matrix import LIBRARY_SIZE
+from scmodelforge.data.shard_statistics import write_gene_statistics
 from scmodelforge.data.shards import verify_shards, write_shards
 from scmodelforge.data.sources import open_matrix
+from scmodelforge.data.statistics import gene_medians
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError, UserError
-from scmodelforge.genes.vocab import resolve_vocab
+from scmodelforge.genes.vocab import read_medians, resolve_vocab
 from scmodelforge.manifest import shard_paths
 from scmodelforge.models.extension import new_genes
 from tests.helpers import make_vocab, marker_cells
@@ -291,3 +293,22 @@ def test_the_command(files: list[Path], tmp_path: Path) -> None:
     assert {record["source"] for record in manifest["shards"]} == {str(path) for path in files}
     refused("shard", "--config", config, words=("--output",))
     refused("shard", "--verify", tmp_path, words=("no manifest.json",))
+
+
+def test_the_genes_of_shards_are_measured_once_beside_them(tmp_path: Path) -> None:
+    cells, vocab = marker_cells(60), make_vocab(40)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    write_shards([tmp_path / "cells.h5ad"], vocab, DataConfig(), tmp_path / "shards", cells_per_shard=25)
+    path = write_gene_statistics(tmp_path / "shards", vocab, DataConfig())
+    store = open_store([tmp_path / "cells.h5ad"], vocab, DataConfig())
+    medians, _ = gene_medians(store, np.arange(60), 10_000, "library_size")
+    store.close()
+    np.testing.assert_array_equal(read_medians(path, vocab), medians)
+    written = path.stat().st_mtime_ns
+    write_shards([tmp_path / "cells.h5ad"], vocab, DataConfig(), tmp_path / "shards", cells_per_shard=25)
+    write_gene_statistics(tmp_path / "shards", vocab, DataConfig())
+    assert path.stat().st_mtime_ns == written
+    marker_cells(70).write_h5ad(tmp_path / "cells.h5ad")
+    write_shards([tmp_path / "cells.h5ad"], vocab, DataConfig(), tmp_path / "shards", cells_per_shard=25)
+    write_gene_statistics(tmp_path / "shards", vocab, DataConfig())
+    assert path.stat().st_mtime_ns > written

@@ -13,7 +13,7 @@ from scipy import sparse
 from scmodelforge.config import DataConfig
 from scmodelforge.config_io import parse_config
 from scmodelforge.data.check import check
-from scmodelforge.data.shards import shard_paths, write_shards
+from scmodelforge.data.shards import write_shards
 from scmodelforge.data.species import named_species
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import ConfigError, DataError
@@ -21,6 +21,7 @@ from scmodelforge.genes.orthologs import orthologs
 from scmodelforge.genes.tables import known_genes, load_table
 from scmodelforge.genes.vocab import predefined, resolve_vocab
 from scmodelforge.inference import embed, tokens
+from scmodelforge.manifest import shard_paths
 from scmodelforge.training.data import prepare_data
 from scmodelforge.training.run import train
 from tests.helpers import tiny_config

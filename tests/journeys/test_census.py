@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from scmodelforge.data import census
-from scmodelforge.data.shards import shard_paths
 from scmodelforge.data.sources import open_matrix
+from scmodelforge.manifest import shard_paths
 from scmodelforge.models.bundle import load_model, read_checkpoint
 from scmodelforge.training.callbacks import LastCheckpoint
 from tests.data.local_census import census_cells, write_census

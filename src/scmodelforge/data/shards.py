@@ -140,7 +140,9 @@ def write_shards(
             "settings": settings,
             "shards": [asdict(record) for record in records],
         }
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        text = json.dumps(manifest, indent=2) + "\n"
+        if not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_text(encoding="utf-8") != text:
+            write_text(folder / MANIFEST, text)
         for name in _shards_there(folder) - {record.name for record in records}:
             (folder / name).unlink(missing_ok=True)  # of a source that had more cells before
             _record_of(folder / name).unlink(missing_ok=True)
