@@ -12,8 +12,8 @@ from scipy import sparse
 
 from scmodelforge.config import Config
 from scmodelforge.data import shards
-from scmodelforge.data.cache import cached_sources
-from scmodelforge.data.store import CellStore
+from scmodelforge.data.cache import cached_sources, warn_if_slow
+from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.finetuning.run import finetune
 from scmodelforge.manifest import shard_paths
 from scmodelforge.models.bundle import read_checkpoint
@@ -107,9 +107,11 @@ def test_slow_files_are_named_in_one_warning(
 ) -> None:
     data = configured(slow, tmp_path, None).data
     assert cached_sources(data.paths, VOCAB, data) == data.paths
+    matrices = open_store(data.paths, VOCAB, data).matrices
+    warn_if_slow(matrices)
     assert not caplog.records  # few cells are read soon enough
     monkeypatch.setattr("scmodelforge.data.cache.FEW_CELLS", 10)
-    assert cached_sources(data.paths, VOCAB, data) == data.paths
+    warn_if_slow(matrices)
     (record,) = caplog.records
     text = record.getMessage()
     for words in ("gzip.h5ad' and 2 more", "data.cache_dir", "scmodelforge shard"):

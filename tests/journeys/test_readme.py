@@ -66,6 +66,7 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
     assert annotated.obs["scmodelforge_cell_type_probability"].between(0, 1).all()
     assert embedded.obsm["X_scmodelforge"].shape == (700, 16)
     assert Path("results/metrics.json").exists()
+    _large_data_of_the_readme()
     said = README.partition("## What a run leaves behind")[2]
     for name in re.findall(r"^  (\S+)\s{2,}", said.partition("```\n\n")[0], flags=re.MULTILINE):
         assert Path("runs/mine", name).exists(), name
@@ -73,6 +74,22 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
     (snippet,) = blocks("python")
     exec(compile(snippet, "README.md", "exec"), names := {})
     assert "neighbors" in names["cells"].uns
+
+
+def _large_data_of_the_readme() -> None:
+    """The commands about shards and many files, after those of the first block."""
+    for name in ("one", "two"):
+        Path("more").mkdir(exist_ok=True)
+        shutil.copy("cells.h5ad", f"more/{name}.h5ad")
+    names = []
+    for arguments in commands_of(blocks("bash")[1]):
+        names.append(arguments[0])
+        if arguments[0] == "train":
+            arguments += SMALL
+        done(*arguments)
+    assert names == ["shard", "shard", "train", "embed"]
+    for name in ("one", "two"):
+        assert anndata.read_h5ad(f"embedded/{name}.h5ad").obsm["X_scmodelforge"].shape == (700, 16)
 
 
 def commands_of(block: str) -> list[list[str]]:
@@ -88,7 +105,7 @@ def test_the_commands_about_published_models(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     geneformer_folder(Path("Geneformer-V2-104M"), "v2", dictionaries=Path("dictionaries"))
     marker_cells().write_h5ad("cells.h5ad")
-    (_, block) = blocks("bash")
+    (_, _, block) = blocks("bash")
     names = []
     for arguments in commands_of(block):
         names.append(arguments[0])
