@@ -101,7 +101,7 @@ def _evenly(matrix: Matrix, n: int) -> np.ndarray:
 
 
 def _state(matrix: Matrix, rows: np.ndarray, block: Rows) -> MatrixState:
-    values = block.data.astype(np.float64)
+    values = block.data  # float32, as read; in float64 only where fractions are looked at
     if not values.size:
         return MatrixState("empty", "zeros only")
     if not np.isfinite(values).all():
@@ -115,6 +115,7 @@ def _state(matrix: Matrix, rows: np.ndarray, block: Rows) -> MatrixState:
         return MatrixState("scaled", f"negative values, as scaling leaves them ({place})")
     if whole:
         return MatrixState("counts", f"raw counts (whole numbers up to {values.max():,.0f})")
+    values = values.astype(np.float64)
     top = f"fractions up to {values.max():,.4g}"
     if total := _constant(row_sums(block)):
         return MatrixState("normalized", f"normalized values ({top}, each cell adds up to {total:,.6g})")
