@@ -39,6 +39,12 @@ def slow_mask(task: MaskedPrediction, tokens: TokenBatch, seed: int, epoch: int)
     genes, shown = truth, values
     if task.asks_genes:
         inserted = task.random_tokens[below(token, len(task.random_tokens))]
+        if tokens.measured is not None and not masking.reference:
+            for i, of in enumerate(tokens.measured.of_cell):
+                pool = task.random_tokens[
+                    tokens.measured.sets[of][task.random_tokens - vocab.first_gene_token]
+                ]
+                inserted[i] = pool[below(token[i], len(pool))]
         genes = np.where(masked, vocab.mask_id, np.where(replaced, inserted, truth))
     if task.hides_values:
         visible = np.where(asked, np.float32(MASKED_VALUE), values)
@@ -65,6 +71,7 @@ def slow_mask(task: MaskedPrediction, tokens: TokenBatch, seed: int, epoch: int)
     st.sampled_from([0, 5, VALIDATION_EPOCH]),
     st.integers(0, 2**32 - 1),
     st.sampled_from([0, 2**32 - 2, 2**40]),
+    st.booleans(),
 )
 @settings(max_examples=120, deadline=None)
 def test_masks_are_those_of_the_slow_version(
@@ -76,6 +83,7 @@ def test_masks_are_those_of_the_slow_version(
     epoch: int,
     seed: int,
     row: int,
+    panels: bool,
 ) -> None:
     strategy, task_name = kind
     masking = {
@@ -92,7 +100,11 @@ def test_masks_are_those_of_the_slow_version(
     )
     counts = np.random.default_rng(seed).poisson(0.5, (6, 40))
     counts[2] = 0  # an empty cell
-    tokens = build_tokenizer(config, VOCAB)(make_cells(counts, first_row=row), seed, epoch)
+    measured = (np.arange(40) + np.array([[0], [0], [1], [0], [1], [1]])) % 3 > 0  # of two files
+    if panels:
+        counts[~measured] = 0
+    cells = make_cells(counts, first_row=row, measured=measured if panels else None)
+    tokens = build_tokenizer(config, VOCAB)(cells, seed, epoch)
     task = MaskedPrediction(config, VOCAB)
     before = tokens.input_ids.clone(), tokens.values.clone()
     batch = task.corrupt(tokens, seed, epoch)

@@ -25,6 +25,11 @@ class MeasuredGenes(NamedTuple):
     of_cell: np.ndarray
 
 
+ALL_MEASURED = MeasuredGenes(
+    np.zeros((0, 0), dtype=bool), np.zeros(0, dtype=np.int64)
+)  # None, for compiled code
+
+
 @dataclass(frozen=True)
 class CellBatch:
     """Cells as CSR over the genes of a vocabulary.

@@ -28,6 +28,9 @@ def mask_tokens(
     random_share: float,
     mask_id: int,
     random_tokens: np.ndarray,
+    sets: np.ndarray,
+    set_of_cell: np.ndarray,
+    first_gene: int,
     masked_value: np.float32,
     hides_genes: bool,
     hides_values: bool,
@@ -51,6 +54,9 @@ def mask_tokens(
         Shares of the asked that are masked, and that become another token.
     mask_id, random_tokens
         The token of a mask, and those that may be inserted (int64).
+    sets, set_of_cell, first_gene
+        As in `MeasuredGenes`, and the token of gene 0: only genes that a cell's file measured are inserted into it.
+        `sets` may have no row, if all were.
     masked_value
         Stands where a value is hidden.
     hides_genes, hides_values
@@ -67,6 +73,7 @@ def mask_tokens(
     n_cells, length = tokens.shape
     bits, positions = np.empty((4, length), np.uint32), np.arange(length).astype(np.uint32)
     hidden = np.empty(length, np.bool_)
+    pool, n_pool, pool_of = random_tokens.copy(), len(random_tokens), -1
     n_asked = 0
     for cell in range(n_cells):
         n = lengths[cell]
@@ -83,6 +90,12 @@ def mask_tokens(
                 if hidden[i]:
                     asked[n_asked] = cell * length + i
                     n_asked += 1
+        if len(sets) and set_of_cell[cell] != pool_of:
+            pool_of, n_pool = set_of_cell[cell], 0
+            for token in random_tokens:
+                if sets[pool_of, token - first_gene]:
+                    pool[n_pool] = token
+                    n_pool += 1
         if hides_genes:
             out_tokens[cell] = tokens[cell]
         if hides_values:
@@ -97,8 +110,8 @@ def mask_tokens(
                     out_values[cell, i] = masked_value
             elif drawn < mask_share + random_share:
                 if hides_genes:
-                    chosen = (np.uint64(bits[2, i]) * np.uint64(len(random_tokens))) >> WORD
-                    out_tokens[cell, i] = random_tokens[chosen]
+                    chosen = (np.uint64(bits[2, i]) * np.uint64(n_pool)) >> WORD
+                    out_tokens[cell, i] = pool[chosen]
                 if hides_values:  # that of another token of the cell, but never a hidden one
                     place = (np.uint64(bits[3, i]) * np.uint64(n)) >> WORD
                     out_values[cell, i] = masked_value if hidden[place] else values[cell, place]

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from scmodelforge.config import Config
+from scmodelforge.data.batch import ALL_MEASURED
 from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.embeddings import MASKED_VALUE
@@ -75,6 +76,8 @@ class MaskedPrediction:
         shown_genes = np.empty_like(truth) if self.asks_genes else truth
         shown_values = np.empty_like(values) if self.hides_values else values
         positions = np.empty(truth.size, dtype=np.int64)
+        # The published collator inserts any token.
+        measured = (None if masking.reference else tokens.measured) or ALL_MEASURED
         n_asked = mask_tokens(
             truth,
             values,
@@ -89,6 +92,9 @@ class MaskedPrediction:
             masking.random_share,
             vocab.mask_id,
             self.random_tokens,
+            measured.sets,
+            measured.of_cell,
+            vocab.first_gene_token,
             np.float32(MASKED_VALUE),
             self.asks_genes,
             self.hides_values,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from scmodelforge.config import Config
-from scmodelforge.data.batch import MeasuredGenes
+from scmodelforge.data.batch import ALL_MEASURED
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms
@@ -49,7 +49,7 @@ class MaskedReconstruction(MaskedPrediction):
         genes = np.empty(tokens.n_cells * (truth.shape[1] + n_jumps), dtype=np.int64)
         answers = np.empty(len(genes), dtype=np.float32)
         nothing = np.zeros((tokens.n_cells, 0), dtype=np.int64)
-        measured = tokens.measured or MeasuredGenes(np.zeros((0, 0), dtype=bool), nothing[:, 0:1].ravel())
+        measured = tokens.measured or ALL_MEASURED
         n = ask_genes(
             truth,
             tokens.values.numpy(),
