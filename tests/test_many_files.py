@@ -99,3 +99,23 @@ def test_a_wrong_address_is_a_sentence(
     monkeypatch.setattr("scmodelforge.parallel.CONNECT_SECONDS", 1)
     with pytest.raises(UserError, match="No Dask scheduler answers at"):
         map_files(str, {"a": (1,)}, dask=address)
+
+
+def test_outputs_never_replace_the_files_they_come_from(pretrained: RunResult, files: list[Path]) -> None:
+    before = files[0].read_bytes()
+    text = refused(
+        *("embed", "--model", str(pretrained.run_dir / "model"), "--output", str(files[0].parent)),
+        *("--data", str(files[0]), "--data", str(files[1])),
+        words=("would be replaced by its own output",),
+    )
+    assert "another output folder" in text
+    assert files[0].read_bytes() == before
+
+
+def test_a_zarr_store_is_refused_before_any_work(pretrained: RunResult, tmp_path: Path) -> None:
+    marker_cells(30).write_zarr(tmp_path / "cells.zarr")
+    refused(
+        *("embed", "--model", str(pretrained.run_dir / "model"), "--data", str(tmp_path / "cells.zarr")),
+        *("--output", str(tmp_path / "out.h5ad")),
+        words=("cells.zarr", "anndata.read_zarr"),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -95,6 +94,8 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     The lock is on the folder itself and is gone when the process is. File systems without locks go without.
     """
     handle = os.open(folder, os.O_RDONLY)
+    import fcntl  # not on Windows
+
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

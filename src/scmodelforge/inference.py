@@ -22,7 +22,7 @@ from anndata.io import write_elem
 
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.data.loader import BatchLoader
-from scmodelforge.data.sources import Source, open_matrix
+from scmodelforge.data.sources import Source, located, open_matrix
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.store import CellStore, obs_categories, open_store
 from scmodelforge.errors import DataError, ModelError
@@ -242,6 +242,15 @@ def _edited_copy(source: str | Path, output: str | Path) -> Iterator[h5py.File]:
             yield handle
 
 
+def _require_h5ad(source: str | Path) -> None:
+    """Refuse, before any work, what could not be copied: zarr stores and URLs."""
+    if "://" in str(source) or Path(source).is_dir():
+        raise DataError(
+            f"'{source}' is no .h5ad file on this machine, and results are written into a copy of such a file.\n"
+            "In Python: adata = anndata.read_zarr(...), then scmodelforge.embed(adata, model) or annotate."
+        )
+
+
 def embed_file(
     source: str | Path,
     output: str | Path,
@@ -258,6 +267,7 @@ def embed_file(
     """
     if "/" in key_added:  # HDF5 would make a group of it, which is no embedding
         raise DataError(f"The key '{key_added}' holds a '/', which no name in obsm of a file can.")
+    _require_h5ad(source)
     ensure_target(output)
     bundle = _bundle_for(model, config)
     store = open_for(bundle, source, config.data if config else None)
@@ -276,6 +286,7 @@ def annotate_file(
     config: Config | None = None,
 ) -> pd.DataFrame:
     """Write a copy of an .h5ad file with predicted labels in `obs`; returns the predictions."""
+    _require_h5ad(source)
     ensure_target(output)
     bundle = _bundle_for(model, config)
     _require_labels(bundle)
@@ -317,6 +328,7 @@ def tokens(
         bundle = _bundle_for(model, config)
         store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle.config, bundle.vocab)
     else:
+        data = located(data, config.data)
         matrix = open_matrix(data, config.data.layer)
         species = species_of_matrices([matrix], config.data)
         vocab = resolve_vocab(config.data.gene_vocab, [matrix.var], config.data.gene_column, species)

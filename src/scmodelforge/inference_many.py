@@ -65,9 +65,15 @@ def embed_files(
             "Embed the files of each folder into a folder of its own."
         )
     folder = ensure_writable(output)
+    for source in sources:
+        target = folder / Path(source).name
+        if target.exists() and Path(source).exists() and target.samefile(source):
+            raise DataError(
+                f"'{source}' would be replaced by its own output.\nChoose another output folder than that of the files."
+            )
     made_by = {"model": _content_of(Path(model)), "key": key_added, "pooling": pooling}
     if config is not None:
-        made_by |= {"layer": config.data.layer, "gene_column": config.data.gene_column}
+        made_by |= config.data.model_dump(mode="json", include={"layer", "gene_column", "species"})
     origin = {str(source): _origin(source, made_by) for source in sources}
     with sole_writer(folder):
         finished = _read_done(folder / DONE)

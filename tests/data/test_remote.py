@@ -318,3 +318,8 @@ def test_configs_take_urls_and_no_patterns_of_them(tmp_path):
         load_config(path, require_data=True)
     assert "'s3://bucket/*.h5ad' is a pattern; list the URLs one by one" in str(error.value)
     assert "'s3://b/c.h5ad' is listed twice" in str(error.value)
+
+
+def test_an_empty_object_is_fetched_as_one(server, cache):
+    (server.folder / "empty.h5ad").write_bytes(b"")
+    assert fetch(f"{server.url}/empty.h5ad", cache).read_bytes() == b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from scmodelforge.config import Sampling
+from scmodelforge.config import DataConfig, Sampling
 from scmodelforge.data.order import draw_key, n_steps, permutation
 from scmodelforge.data.sampling import (
     WeightedDraws,
@@ -23,7 +24,11 @@ from scmodelforge.data.sampling import (
     weighted_draws,
     whole_draws,
 )
+from scmodelforge.data.shards import write_shards
+from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
+from scmodelforge.manifest import shard_paths
+from tests.helpers import make_vocab, marker_cells
 
 sizes_of_strata = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -301,3 +306,16 @@ def test_a_data_set_that_only_validates_is_said(caplog: pytest.LogCaptureFixture
 def test_what_means_nothing_is_refused(sampling: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Sampling(**sampling)
+
+
+def test_a_shard_belongs_to_the_key_of_the_file_it_was_made_of(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        marker_cells(40, seed).write_h5ad(tmp_path / f"{name}.h5ad")
+    files = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    vocab = make_vocab(40)
+    write_shards(files, vocab, DataConfig(), tmp_path / "shards")
+    store = open_store(shard_paths(tmp_path / "shards"), vocab, DataConfig())
+    sampling = Sampling(mixture={"a.h5ad": 3, "b.h5ad": 1}, cells_per_epoch=80)
+    order = weighted_draws(store, np.arange(80), sampling, 0)
+    drawn = np.concatenate([order.batch(0, step, 20, 0, 1).rows for step in range(4)])
+    assert (drawn < 40).sum() == 60

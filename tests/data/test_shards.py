@@ -17,7 +17,7 @@ from scmodelforge.data import shards
 from scmodelforge.data.check import check_data
 from scmodelforge.data.matrix import LIBRARY_SIZE
 from scmodelforge.data.shard_statistics import write_gene_statistics
-from scmodelforge.data.shards import verify_shards, write_shards
+from scmodelforge.data.shards import is_untouched_shard, verify_shards, write_shards
 from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.statistics import gene_medians
 from scmodelforge.data.store import open_store
@@ -312,3 +312,39 @@ def test_the_genes_of_shards_are_measured_once_beside_them(tmp_path: Path) -> No
     write_shards([tmp_path / "cells.h5ad"], vocab, DataConfig(), tmp_path / "shards", cells_per_shard=25)
     write_gene_statistics(tmp_path / "shards", vocab, DataConfig())
     assert path.stat().st_mtime_ns > written
+
+
+def test_a_shard_in_memory_keeps_the_library_size_over_all_genes(tmp_path: Path) -> None:
+    marker_cells(30).write_h5ad(tmp_path / "cells.h5ad")
+    few = make_vocab(25)
+    config = DataConfig(min_gene_overlap=0.0)
+    write_shards([tmp_path / "cells.h5ad"], few, config, tmp_path / "shards")
+    (path,) = shard_paths(tmp_path / "shards")
+    rows = np.arange(30)
+    on_disk, in_memory = (
+        open_store([source], few, config).read(rows).library_size for source in (path, ad.read_h5ad(path))
+    )
+    assert (on_disk > ad.read_h5ad(path).X.sum(axis=1).A1).any()
+    np.testing.assert_array_equal(on_disk, in_memory)
+
+
+def test_a_deleted_shard_is_no_untouched_one(tmp_path: Path) -> None:
+    marker_cells(30).write_h5ad(tmp_path / "cells.h5ad")
+    write_shards([tmp_path / "cells.h5ad"], make_vocab(40), DataConfig(), tmp_path / "shards")
+    (path,) = shard_paths(tmp_path / "shards")
+    assert is_untouched_shard(path)
+    path.unlink()
+    assert not is_untouched_shard(path)
+
+
+def test_the_genes_are_measured_again_for_values_of_another_kind(tmp_path: Path) -> None:
+    marker_cells(30).write_h5ad(tmp_path / "cells.h5ad")
+    vocab, config = make_vocab(40), DataConfig()
+    write_shards([tmp_path / "cells.h5ad"], vocab, config, tmp_path / "shards")
+    scaled = read_medians(write_gene_statistics(tmp_path / "shards", vocab, config), vocab)
+    raw = config.model_copy(
+        update={"preprocessing": config.preprocessing.model_copy(update={"normalize": "none"})}
+    )
+    counts = read_medians(write_gene_statistics(tmp_path / "shards", vocab, raw), vocab)
+    assert not np.array_equal(scaled, counts)
+    assert (counts == np.rint(2 * counts) / 2).all()

@@ -130,6 +130,7 @@ def download(file: File, part: Path, target: Path) -> None:
     """
     described = file.described
     failures = 0
+    part.touch()  # an empty file is never appended to
     while True:
         have = _size(part)
         if described.size is not None and have >= described.size:

@@ -28,6 +28,7 @@ from scmodelforge.data.order import (
     permutation,
     permuted,
 )
+from scmodelforge.data.shards import source_of_shard
 from scmodelforge.data.split import obs_classes
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError
@@ -222,7 +223,7 @@ def _datasets(store: CellStore, rows: np.ndarray, sampling: Sampling) -> tuple[l
     if sampling.mixture is None:
         return [""], np.zeros(len(rows), dtype=np.int64)
     keys = list(sampling.mixture)
-    of_file = np.array([_key_of(str(name), keys) for name in store.files])
+    of_file = np.array([_key_of_file(str(name), keys) for name in store.files])
     if (of_file < 0).any():
         nameless = [str(store.files[i]) for i in np.flatnonzero(of_file < 0)]
         more = f" and {len(nameless) - 5} more" if len(nameless) > 5 else ""
@@ -241,6 +242,13 @@ def _datasets(store: CellStore, rows: np.ndarray, sampling: Sampling) -> tuple[l
     if empty := [keys[number] for number in sorted(files - cells)]:
         log.warning("data.sampling.mixture: %s has no training cells; its weight is idle.", ", ".join(empty))
     return keys, dataset
+
+
+def _key_of_file(name: str, keys: list[str]) -> int:
+    """As `_key_of`; a shard also belongs to the key of the file that it was made of."""
+    found, source = _key_of(name, keys), source_of_shard(name)
+    of_source = _key_of(source, keys) if source else -1
+    return min((key for key in (found, of_source) if key >= 0), default=-1)
 
 
 def _key_of(name: str, keys: Sequence[str]) -> int:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from scmodelforge.config import DataConfig
 from scmodelforge.data.shards import shard_vocabulary
@@ -18,6 +20,7 @@ from scmodelforge.manifest import MANIFEST, shard_paths
 log = logging.getLogger(__name__)
 
 STATISTICS = "gene_statistics.parquet"
+NORMALIZE = "scmodelforge_normalize"  # in the metadata: what the values are
 
 
 def write_gene_statistics(folder: str | Path, vocab: GeneVocab, config: DataConfig, threads: int = 2) -> Path:
@@ -38,13 +41,20 @@ def write_gene_statistics(folder: str | Path, vocab: GeneVocab, config: DataConf
     -------
     Where it is.
     """
-    path = Path(folder) / STATISTICS
-    if path.exists() and path.stat().st_mtime_ns >= (Path(folder) / MANIFEST).stat().st_mtime_ns:
+    path, normalize = Path(folder) / STATISTICS, config.preprocessing.normalize
+    if _is_current(path, Path(folder) / MANIFEST, normalize):
         return path
     store = open_store(shard_paths(folder), shard_vocabulary(vocab), DataConfig(min_gene_overlap=0.0))
     log.info("Measuring the genes of %s cells.", f"{store.n_cells:,}")
     table = gene_statistics(store, np.arange(store.n_cells), config.preprocessing, threads).table(store.vocab)
+    written = pa.Table.from_pandas(table[table.n_cells > 0], preserve_index=False)
     with atomic_path(path) as temporary:
-        table[table.n_cells > 0].to_parquet(temporary, index=False)
+        pq.write_table(written.replace_schema_metadata({NORMALIZE: normalize}), temporary)
     store.close()
     return path
+
+
+def _is_current(path: Path, manifest: Path, normalize: str) -> bool:
+    if not path.exists() or path.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
+        return False
+    return (pq.read_schema(path).metadata or {}).get(NORMALIZE.encode()) == normalize.encode()

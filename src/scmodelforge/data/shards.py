@@ -28,7 +28,7 @@ from scmodelforge.config import DataConfig
 from scmodelforge.config_census import CensusConfig
 from scmodelforge.data.census import census_sha256
 from scmodelforge.data.shard_file import file_sha256, write_shard
-from scmodelforge.data.sources import Source, local_path
+from scmodelforge.data.sources import Source, local_path, located
 from scmodelforge.data.species import named_species
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
@@ -116,6 +116,7 @@ def write_shards(
     folder = ensure_writable(output)
     vocab = shard_vocabulary(vocab)
     settings = shard_settings(config, obs_columns, cells_per_shard)
+    sources = [located(source, config) for source in sources]
     stems = _shard_names(sources)
     jobs = {
         str(source): (
@@ -188,6 +189,12 @@ def _problem(folder: Path, record: dict[str, Any]) -> str | None:
     return None
 
 
+def source_of_shard(path: str | Path) -> str | None:
+    """The file that a shard was made of; None for what is no shard."""
+    record = _read_record(Path(path))
+    return record.source if record else None
+
+
 def is_untouched_shard(path: str | Path) -> bool:
     """Whether a file is a shard that nobody wrote to since it was made, as far as size and times tell.
 
@@ -196,7 +203,7 @@ def is_untouched_shard(path: str | Path) -> bool:
     """
     path = Path(path)
     record = _read_record(path)
-    if record is None:
+    if record is None or not path.is_file():
         return False
     held = path.stat()
     return record.n_bytes == held.st_size and held.st_mtime_ns <= _record_of(path).stat().st_mtime_ns

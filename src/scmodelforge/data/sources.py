@@ -8,13 +8,14 @@ from typing import TypeAlias
 
 import anndata as ad
 import h5py
+import numpy as np
 from anndata.abc import CSCDataset, CSRDataset
 
 from scmodelforge.config import DataConfig
 from scmodelforge.config_census import CensusConfig
 from scmodelforge.data.census import open_census
 from scmodelforge.data.h5ad import CACHE_BYTES, h5ad_places, held_on_disk, open_h5ad
-from scmodelforge.data.matrix import Matrix, held_in_memory, no_matrix, place_of
+from scmodelforge.data.matrix import LIBRARY_SIZE, Matrix, held_in_memory, no_matrix, place_of
 from scmodelforge.data.remote import Remote, is_url
 from scmodelforge.data.zarr import is_zarr, open_zarr, zarr_members, zarr_places
 
@@ -68,7 +69,7 @@ def open_matrix(source: Source, layer: str | None = None, cache_bytes: int = CAC
     if isinstance(source, ad.AnnData):
         return _open_anndata(source, layer)
     if _is_zarr(source):
-        return open_zarr(local_path(source), source, layer)
+        return open_zarr(local_path(source), source, layer, cache_bytes)
     return open_h5ad(local_path(source), source, layer, cache_bytes)
 
 
@@ -109,4 +110,8 @@ def _open_anndata(adata: ad.AnnData, layer: str | None) -> Matrix:
         value = value.group
     read = held_on_disk if isinstance(value, h5py.Group | h5py.Dataset) else held_in_memory
     held = read(value, "AnnData", place_of(layer))
-    return Matrix(adata, layer, held, adata.raw.var if raw else adata.var, obs=lambda: adata.obs)
+    library = None
+    if LIBRARY_SIZE in adata.obs:  # a shard that was read
+        library = adata.obs[LIBRARY_SIZE].to_numpy(np.float64)
+    var = adata.raw.var if raw else adata.var
+    return Matrix(adata, layer, held, var, obs=lambda: adata.obs, library_size=lambda: library)

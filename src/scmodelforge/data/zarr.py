@@ -48,7 +48,7 @@ def zarr_members(path: str | Path, name: str) -> list[str]:
     return sorted(named, key=lambda member: (len(member), member))  # dataset_2 before dataset_10
 
 
-def open_zarr(path: str | Path, source: Any, layer: str | None) -> Matrix:
+def open_zarr(path: str | Path, source: Any, layer: str | None, cache_bytes: int) -> Matrix:
     """Open a matrix of an AnnData store at `path`, as `open_matrix` says; messages name `source`."""
     name = str(source)
     group = _open_group(path, name)
@@ -71,14 +71,18 @@ def open_zarr(path: str | Path, source: Any, layer: str | None) -> Matrix:
     library = None
     if LIBRARY_SIZE in group["obs"]:
         library = np.asarray(group["obs"][LIBRARY_SIZE][:], dtype=np.float64)
+    held = _held(group[key], name, place_of(layer), cache_bytes)
+    assert isinstance(held.reader, _Blocks)
     return Matrix(
         source,
         layer,
-        _held(group[key], name, place_of(layer)),
+        held,
         read_frame(group[var], name, var),
         obs=lambda: read_frame(group["obs"], name, "obs"),
         library_size=lambda: library,
         shuffle_buffer=SHUFFLE_BUFFER,
+        block_cells=held.reader.cache.block_cells,
+        close=held.reader.cache.close,
     )
 
 
@@ -112,7 +116,7 @@ def _open_group(path: str | Path, name: str) -> Any:
         raise damaged(name, f"zarr cannot open it ({error})") from error
 
 
-def _held(value: Any, name: str, place: str) -> Held:
+def _held(value: Any, name: str, place: str, cache_bytes: int) -> Held:
     import zarr
 
     if isinstance(value, zarr.Array):
@@ -122,7 +126,9 @@ def _held(value: Any, name: str, place: str) -> Held:
         dense = _Dense(value, name, place)
         storage = f"dense, {value.dtype}, zarr {value.metadata.zarr_format}"
         return Held(
-            _Blocks(dense, value.shape[0], value.chunks[0]), (value.shape[0], value.shape[1]), storage
+            _Blocks(dense, value.shape[0], value.chunks[0], cache_bytes // (4 * value.shape[1])),
+            (value.shape[0], value.shape[1]),
+            storage,
         )
     kind = str(value.attrs.get("encoding-type", "")).removesuffix("_matrix")
     if kind == "csc":
@@ -147,7 +153,8 @@ def _held(value: Any, name: str, place: str) -> Held:
         raise damaged(name, f"{missing:,} of {data.nchunks:,} chunks of {place} are missing")
     n_rows = shape[0]
     cells_in_chunk = int(data.chunks[0] * n_rows / max(1, indptr[-1]))
-    reader = _Blocks(_Csr(indptr, indices, data, name, place), n_rows, cells_in_chunk)
+    cells_that_fit = cache_bytes * n_rows // (8 * max(data.shape[0], 1))
+    reader = _Blocks(_Csr(indptr, indices, data, name, place), n_rows, cells_in_chunk, cells_that_fit)
     return Held(reader, (n_rows, shape[1]), f"CSR, {data.dtype}, zarr {data.metadata.zarr_format}")
 
 
@@ -193,10 +200,11 @@ class _Dense:
 class _Blocks:
     """Rows by way of blocks in memory, each about as large as a chunk."""
 
-    def __init__(self, read: _Csr | _Dense, n_rows: int, cells_in_chunk: int) -> None:
+    def __init__(self, read: _Csr | _Dense, n_rows: int, cells_in_chunk: int, cells_that_fit: int) -> None:
         block_cells = min(max(cells_in_chunk, BLOCK_CELLS), MOST_BLOCK_CELLS)
+        capacity = min(2 * READ_CELLS, max(cells_that_fit, 2 * block_cells))
         self.cache = BlockCache(
-            by_runs(read), n_rows, block_cells, capacity_cells=2 * READ_CELLS, read_cells=READ_CELLS
+            by_runs(read), n_rows, block_cells, capacity_cells=capacity, read_cells=min(READ_CELLS, capacity)
         )
 
     def take(self, rows: np.ndarray) -> Rows:
