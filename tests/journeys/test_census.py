@@ -154,7 +154,7 @@ def test_a_model_learns_labels_of_the_census(config: Path, trained: Path, tmp_pa
 def test_shards_hold_the_cells_of_the_census(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     answer = done("shard", "--config", config, "--output", folder, "--cells-per-shard", 100)
-    assert f"{folder}/*.h5ad" in answer.out
+    assert f"{folder}" in answer.out
     done("shard", "--verify", folder)
     from scmodelforge.config_io import load_config
 
