@@ -207,6 +207,7 @@ def _cell_statistics(rows: np.ndarray, facts: list[_Facts]) -> CellStatistics:
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
     """The `QUANTILES` of some values; 0 where there are none."""
+    values = values.astype(np.float64)  # between two float32 numpy interpolates in float32
     return {name: float(np.quantile(values, q)) if len(values) else 0.0 for name, q in QUANTILES.items()}
 
 
