@@ -25,6 +25,7 @@ from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.sources import Source, located, open_matrix
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.store import CellStore, obs_categories, open_store
+from scmodelforge.data.zarr import is_zarr
 from scmodelforge.errors import DataError, ModelError
 from scmodelforge.files import atomic_path, ensure_target
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
@@ -244,9 +245,13 @@ def _edited_copy(source: str | Path, output: str | Path) -> Iterator[h5py.File]:
 
 def _require_h5ad(source: str | Path) -> None:
     """Refuse, before any work, what could not be copied: zarr stores and URLs."""
-    if "://" in str(source) or Path(source).is_dir():
+    if "://" in str(source):
         raise DataError(
-            f"'{source}' is no .h5ad file on this machine, and results are written into a copy of such a file.\n"
+            f"'{source}' is not on this machine, and results are written into a copy of it: fetch it first."
+        )
+    if is_zarr(source):
+        raise DataError(
+            f"'{source}' is a zarr store, and results are written into a copy of an .h5ad file.\n"
             "In Python: adata = anndata.read_zarr(...), then scmodelforge.embed(adata, model) or annotate."
         )
 

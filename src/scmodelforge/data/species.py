@@ -36,7 +36,7 @@ def named_species(sources: Sequence[Source], config: DataConfig) -> list[str | N
         there = {os.path.realpath(match) for match in (pattern, *glob.glob(pattern, recursive=True))}
         fits = [path for path in {*paths, *config.paths} if _fits(path, pattern, there)]
         if not fits:
-            files = ", ".join([*config.paths, *paths][:5]) or "cells in memory"
+            files = ", ".join(list(dict.fromkeys([*config.paths, *paths]))[:5]) or "cells in memory"
             raise ConfigError(f"data.species: '{name}' fits no file. Files: {files}.")
         for path in fits:
             found.setdefault(path, {})[name] = species
