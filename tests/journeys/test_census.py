@@ -155,6 +155,10 @@ def test_shards_hold_the_cells_of_the_census(config: Path, tmp_path: Path) -> No
     folder = tmp_path / "shards"
     answer = done("shard", "--config", config, "--output", folder, "--cells-per-shard", 100)
     assert f"{folder}" in answer.out
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.h5ad"))
+    other = ("shard", "--config", config, "--output", folder, "--cells-per-shard", 100)
+    refused(*other, *sets(data__census__tissue_general="[lung]"), words=("other cells of the Census",))
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.h5ad")) == before
     done("shard", "--verify", folder)
     from scmodelforge.config_io import load_config
 

@@ -131,7 +131,12 @@ def write_shards(
         for source, stem, species in zip(sources, stems, named_species(sources, config), strict=True)
     }
     with sole_writer(folder):
-        _require_same_kind(folder, vocab, settings, set(stems))
+        census = {
+            stem: _name_of(of)
+            for stem, of in zip(stems, sources, strict=True)
+            if isinstance(of, CensusConfig)
+        }
+        _require_same_kind(folder, vocab, settings, set(stems), census)
         converted = map_files(_convert_file, jobs, processes, dask)
         records = [record for part in converted.values() for record in part]
         manifest = {
@@ -209,11 +214,15 @@ def is_untouched_shard(path: str | Path) -> bool:
     return record.n_bytes == held.st_size and held.st_mtime_ns <= _record_of(path).stat().st_mtime_ns
 
 
-def _require_same_kind(folder: Path, vocab: GeneVocab, settings: dict[str, Any], stems: set[str]) -> None:
+def _require_same_kind(
+    folder: Path, vocab: GeneVocab, settings: dict[str, Any], stems: set[str], census: dict[str, str]
+) -> None:
     for name in sorted(_shards_there(folder)):
         record = _read_record(folder / name)
         if name.rpartition("-")[0] not in stems:
             wrong = f"'{name}' is of a file that is not among those to convert now"
+        elif record is not None and census.get(name.rpartition("-")[0], record.source) != record.source:
+            wrong = f"'{name}' was made of other cells of the Census"
         elif record is not None and record.vocabulary != vocab.fingerprint:
             wrong = f"'{name}' was made with other gene vocabulary"
         elif record is not None and _of_all(record.settings) != settings:
@@ -242,6 +251,13 @@ def _shard_names(sources: Sequence[Source]) -> list[str]:
         stem if several[stem] == 1 else f"{stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
         for stem, source in zip(stems, sources, strict=True)
     ]
+
+
+def _name_of(source: Source) -> str:
+    """What a record calls a source: a file by its path, cells of the Census by what chose them."""
+    if isinstance(source, CensusConfig):
+        return f"census {source.model_dump_json(exclude={'uri', 'obs_columns'})}"
+    return str(source)
 
 
 def _content_sha256(source: Source) -> str:
@@ -287,7 +303,7 @@ def _convert_file(
                 n_entries,
                 sha256,
                 n_bytes,
-                str(source),
+                _name_of(source),
                 content.result(),
                 first,
                 vocab.fingerprint,
