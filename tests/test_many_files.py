@@ -112,6 +112,14 @@ def test_outputs_never_replace_the_files_they_come_from(pretrained: RunResult, f
     assert files[0].read_bytes() == before
 
 
+def test_annotate_takes_one_file(pretrained: RunResult, files: list[Path], tmp_path: Path) -> None:
+    refused(
+        *("annotate", "--model", str(pretrained.run_dir / "model"), "--output", str(tmp_path / "out.h5ad")),
+        *("--data", str(files[0]), "--data", str(files[1])),
+        words=("given 2 times",),
+    )
+
+
 def test_a_zarr_store_is_refused_before_any_work(pretrained: RunResult, tmp_path: Path) -> None:
     marker_cells(30).write_zarr(tmp_path / "cells.zarr")
     refused(

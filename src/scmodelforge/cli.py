@@ -38,7 +38,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.max_epochs=3."),
 ]
 ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint (.ckpt) or model folder.")]
-DataOption = Annotated[Path, typer.Option("--data", help="An .h5ad file with raw counts.")]
+DataOption = Annotated[list[Path], typer.Option("--data", help="An .h5ad file with raw counts.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="The .h5ad file to write.")]
 InPlaceOption = Annotated[bool, typer.Option("--in-place", help="Write into the input file instead.")]
 DaskOption = Annotated[
@@ -118,7 +118,7 @@ def benchmark(
     settings = load_config(config, set_ or [], (*MODEL_SECTIONS, "eval"))
     from scmodelforge.evaluation.harness import benchmark as run
 
-    print_results(run(settings, model, data, output))
+    print_results(run(settings, model, _one(data), output))
     if output is not None:
         print(f"Results: {output}")
 
@@ -188,10 +188,11 @@ def annotate(
     """Write the labels that a fine-tuned model predicts into obs."""
     from scmodelforge.config_io import load_config
 
-    settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(data, output, in_place)
+    file = _one(data)
+    settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(file, output, in_place)
     from scmodelforge.inference import annotate_file
 
-    predictions = annotate_file(data, target, model, batch_size=batch_size, config=settings)
+    predictions = annotate_file(file, target, model, batch_size=batch_size, config=settings)
     name = predictions.columns[0]
     if predictions[name].dtype == "category":
         for label, count in predictions[name].value_counts().items():
@@ -371,6 +372,13 @@ def _needed(config: Path | None, command: str) -> Path:
             "'scmodelforge init DATA.h5ad' writes one to start from."
         )
     return config
+
+
+def _one(data: list[Path]) -> Path:
+    """The one file of a command that takes no more; of several the last alone would be read."""
+    if len(data) > 1:
+        raise UserError(f"--data is given {len(data)} times; this command takes one file at a time.")
+    return data[0]
 
 
 def _target(data: Path, output: Path | None, in_place: bool) -> Path:
