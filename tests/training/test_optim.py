@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from scmodelforge.config import Config, LoraConfig, OptimizerConfig, SchedulerConfig
+from scmodelforge.config import Config, LoraConfig
+from scmodelforge.config_training import OptimizerConfig, SchedulerConfig
 from scmodelforge.finetuning.lora import add_lora
 from scmodelforge.models.bundle import build_model
 from scmodelforge.models.encoder import TransformerEncoder

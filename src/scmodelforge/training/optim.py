@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from scmodelforge.config import OptimizerConfig, SchedulerConfig, TrainingConfig
+from scmodelforge.config_training import OptimizerConfig, SchedulerConfig, TrainingConfig
 
 log = logging.getLogger(__name__)
 

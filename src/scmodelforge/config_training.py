@@ -1,0 +1,79 @@
+"""The `training` section of a config: length, optimizer, schedule, machine, and what is left behind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from scmodelforge.config_section import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW or Adam; no weight decay on biases, norms and (by default) embeddings."""
+
+    name: Literal["adamw", "adam"] = Field("adamw", description="adamw (decoupled weight decay) or adam.")
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of the weight matrices.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moment estimates.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    decay_embeddings: bool = Field(False, description="Apply weight decay to embedding tables too.")
+
+    @model_validator(mode="after")
+    def _betas(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
+        return self
+
+
+class SchedulerConfig(Section):
+    """Learning rate over the run; its length follows the length of the run."""
+
+    name: Literal["cosine_warmup", "cosine", "linear", "constant"] = Field(
+        "cosine_warmup",
+        description="cosine_warmup, cosine (no warm-up unless given), linear (decay) or constant.",
+    )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Optimizer steps of linear warm-up, at most a tenth of the run; null: a tenth of the run "
+        "(at most 2,000) for cosine_warmup, else 0.",
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
+
+
+class TrainingConfig(Section):
+    """How long, how fast, on what, and what is left behind."""
+
+    batch_size: int = Field(64, ge=1, description="Cells per step and device.")
+    max_epochs: int = Field(10, ge=1, description="Passes over the training cells.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many optimizer steps; null: no limit."
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of order, masks, weights and dropout.")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs to use; null: all there are, 0: the CPU.")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
+        "32-true", description="Arithmetic of the forward and backward pass; weights are float32 in any case."
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    gradient_clip_val: float | None = Field(
+        1.0, gt=0, description="Largest gradient norm; null: no clipping."
+    )
+    accumulate_grad_batches: int = Field(1, ge=1, description="Batches per optimizer step.")
+    logger: Literal["csv", "wandb", "tensorboard"] = Field(
+        "csv", description="Where figures go; metrics.csv in the run folder is always written."
+    )
+    wandb_project: str = Field("scmodelforge", description="Weights & Biases project.")
+    run_dir: str | None = Field(None, description="Folder of this run; null: runs/DATE-TIME.")
+    checkpoint_dir: str | None = Field(
+        None, description="Folder of the checkpoints; null: RUN_DIR/checkpoints."
+    )
+    checkpoint_every_n_steps: int | None = Field(
+        None, ge=1, description="Also write last.ckpt every so many optimizer steps; null: once an epoch."
+    )
+    save_top_k: int = Field(
+        1, ge=1, description="How many of the best checkpoints to keep (best.ckpt is one)."
+    )
+    log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between two logged figures.")
+    loader_threads: int = Field(2, ge=1, description="Threads that read and tokenize ahead of the model.")
