@@ -213,22 +213,22 @@ def test_losses_are_those_of_the_genes_and_of_their_values(kind: str) -> None:
     batch = task.corrupt(some_tokens(bundle), 0, 0)
     output = task(model, batch)
     states = model(batch.tokens).flatten(0, 1)[batch.asked]
-    logits = model.head(states, model.embedding.tokens)
+    logits = model.head(states, model.embedding.tokens).logits
     torch.testing.assert_close(output.losses["gene"], F.cross_entropy(logits, batch.genes))
 
     is_gene = batch.genes != bundle.vocab.eos_id
-    assert output.expression.shape[0] == int(is_gene.sum()) == len(batch.asked) - 6
-    values = batch.values[is_gene]
+    assert int(is_gene.sum()) == len(batch.asked) - 6
+    values, told = batch.values[is_gene], output.expression[is_gene]
     if kind == "values":
-        expected = F.mse_loss(output.expression[:, 0], values)
+        expected = F.mse_loss(told[:, 0], values)
     elif kind == "bins":
-        expected = F.cross_entropy(output.expression, values.long())
+        expected = F.cross_entropy(told, values.long())
     else:
-        rates = output.expression[:, 0].double()
+        rates = told[:, 0].double()
         poisson = stats.poisson(rates.detach().numpy())
         probability = poisson.pmf(values.numpy()) / (1 - poisson.pmf(0))
         expected = torch.tensor(-np.log(probability).mean(), dtype=torch.float32)
-        totals = torch.zeros(6).index_add(0, batch.cell[is_gene], output.expression[:, 0])
+        totals = torch.zeros(6).index_add(0, batch.cell[is_gene], told[:, 0])
         torch.testing.assert_close(totals, torch.zeros(6).index_add(0, batch.cell[is_gene], values))
     torch.testing.assert_close(output.losses["expression"], expected, atol=1e-5, rtol=1e-5)
 
@@ -265,10 +265,10 @@ def test_tiny_and_huge_rates_have_finite_likelihoods_and_gradients() -> None:
 
 
 def test_rates_share_out_the_counts_of_each_cell() -> None:
-    positions = torch.tensor([0, 1, 2, 4, 5])
-    scores, counts = torch.tensor([0.0, 1.0, 2.0, 0.3, 0.3]), torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0])
-    rates = count_rates(scores, counts, positions, torch.Size((3, 4)))
-    expected = torch.cat([scores[:3].softmax(0) * 9, torch.tensor([3.0, 3.0])])
+    cell, asked = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([True] * 5 + [False])
+    scores, counts = torch.tensor([0.0, 1.0, 2.0, 0.3, 0.3, 9]), torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0, 7.0])
+    rates = count_rates(scores, counts, cell, 3, asked)
+    expected = torch.cat([scores[:3].softmax(0) * 9, torch.tensor([3.0, 3.0, 0.0])])
     torch.testing.assert_close(rates, expected)
 
 
@@ -351,7 +351,7 @@ def test_top_1_follows_the_likeliest_gene_and_max_genes_ends_it() -> None:
         hidden = model(cells)
         for row in range(6):
             for place in range(int(prompt.lengths[row]), 9):
-                logits = model.logits(hidden, torch.tensor([row * hidden.shape[1] + place - 1]))[0]
+                logits = model.genes_at(hidden, torch.tensor([row * hidden.shape[1] + place - 1])).logits[0]
                 logits[cells.input_ids[row, :place]] = -torch.inf
                 logits[: bundle.vocab.first_gene_token] = -torch.inf
                 assert cells.input_ids[row, place] == logits.argmax()

@@ -14,8 +14,9 @@ from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.auxiliary import AuxiliaryHeads, ReversedGradient
 from scmodelforge.models.bundle import build_model
 from scmodelforge.models.objectives import build_objective
-from scmodelforge.models.objectives.batch import TrainingBatch
+from scmodelforge.models.objectives.batch import PackedBatch, TrainingBatch, pack
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import Packing
 from tests.helpers import make_vocab
 
 WIDTH, N_CELLS = 8, 5
@@ -66,10 +67,12 @@ def heads(**objective: Any) -> AuxiliaryHeads:
     return built
 
 
-def batch(donors: tuple[int, ...] = (1, 2, 2, 1, 0)) -> TrainingBatch:
+def batch(donors: tuple[int, ...] = (1, 2, 2, 1, 0)) -> PackedBatch:
     asked = torch.tensor([1, 2, 10, 30, 40])
     some = tokens(list(donors))
-    return TrainingBatch(some, asked, some.input_ids.flatten()[asked], torch.tensor([3.0, 0, 1, 0, 6]), 0, 0)
+    values = torch.tensor([3.0, 0, 1, 0, 6])
+    padded = TrainingBatch(some, asked, some.input_ids.flatten()[asked], values, 0, 0)
+    return pack(padded, Packing.of(config(), vocab()), vocab().pad_id)
 
 
 def test_there_are_no_heads_without_weights() -> None:

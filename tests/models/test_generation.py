@@ -14,6 +14,7 @@ from scmodelforge.models.bundle import build_model
 from scmodelforge.models.generative import GenerativeTransformer
 from scmodelforge.models.objectives.generation import ExpressionGeneration
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import pack_queries
 from tests.helpers import make_vocab
 
 N_GENES = 60
@@ -108,13 +109,15 @@ def test_hidden_values_and_other_queries_change_no_answer(reference: bool) -> No
     tokens = some_tokens()
     batch = ExpressionGeneration(config(), VOCAB).corrupt(tokens, 1, 0)
     assert batch.queries is not None
+    packed = ExpressionGeneration(config(), VOCAB).pack(batch)
+    is_first = torch.diff(packed.cell, prepend=torch.tensor([-1])) != 0
+    fewer = pack_queries(packed.tokens, packed.genes[is_first], packed.cell[is_first])
     with torch.no_grad():
-        hidden, states = transformer.generated_states(batch.tokens, batch.queries)
-        _, first = transformer.generated_states(batch.tokens, batch.queries[:, :1])
-        plain = transformer(batch.tokens)
-    torch.testing.assert_close(states[:, :1], first, atol=1e-5, rtol=0)
-    real = batch.tokens.attention_mask
-    torch.testing.assert_close(hidden[real], plain[real], atol=1e-5, rtol=0)
+        hidden, states = transformer.generated_states(packed.tokens, packed.queries)
+        _, first = transformer.generated_states(packed.tokens, fewer)
+        plain = transformer(packed.tokens)
+    torch.testing.assert_close(states[is_first], first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden, plain, atol=1e-5, rtol=0)
     values = tokens.values.clone()
     places = (tokens.input_ids[:, :, None] == batch.queries[:, None, :]).any(dim=2)
     values[places & (tokens.input_ids >= FIRST)] += 5
@@ -126,19 +129,17 @@ def test_hidden_values_and_other_queries_change_no_answer(reference: bool) -> No
 def test_generated_genes_read_all_that_is_perceived_and_no_padding() -> None:
     transformer = model()
     batch = ExpressionGeneration(config(), VOCAB).corrupt(some_tokens(), 1, 0)
-    assert batch.queries is not None
-    tokens, queries = batch.tokens, batch.queries
-    cell = int(tokens.lengths.argmin())
-    length = int(tokens.lengths[cell])
+    packed = ExpressionGeneration(config(), VOCAB).pack(batch)
+    tokens, cell = packed.tokens, int(packed.tokens.lengths.argmin())
+    assert int(tokens.lengths.sum()) == len(tokens.input_ids)
+    last = int(tokens.starts[cell] + tokens.lengths[cell]) - 1
     with torch.no_grad():
-        before = transformer.generated_states(tokens, queries)[1]
-        for place, changes in ((length - 1, True), (length, False)):
-            values = tokens.values.clone()
-            values[cell, place] += 7
-            changed = dataclasses.replace(tokens, values=values)
-            after = transformer.generated_states(changed, queries)[1]
-            difference = (after[cell] - before[cell]).abs().amax(dim=1)
-            assert ((difference > 1e-6) == changes).all()
+        before = transformer.generated_states(tokens, packed.queries)[1]
+        values = tokens.values.clone()
+        values[last] += 7
+        after = transformer.generated_states(dataclasses.replace(tokens, values=values), packed.queries)[1]
+    difference = (after - before).abs().amax(dim=1)
+    assert torch.equal(difference > 1e-6, packed.cell == cell)
 
 
 def test_any_genes_can_be_asked() -> None:
@@ -163,10 +164,10 @@ def test_the_second_pass_reads_the_cell_embedding_and_gives_it_no_gradient() -> 
     output = task(transformer, batch)
     assert output.losses.keys() == {"expression", "second_pass"}
     torch.testing.assert_close(output.loss, output.losses["expression"] + 2 * output.losses["second_pass"])
-    cells = output.hidden[:, 0].detach()
-    assert batch.queries is not None
-    _, states = transformer.generated_states(batch.tokens, batch.queries, cells)
-    outputs = transformer.expression(states, batch.asked, batch.genes, batch.tokens)
+    packed = task.pack(batch)
+    cells = output.hidden[packed.tokens.starts].detach()
+    _, states = transformer.generated_states(packed.tokens, packed.queries, cells)
+    outputs = transformer.expression_of(states, batch.genes, packed.tokens, packed.cell)
     expected = (outputs[:, 0] - batch.values).square().mean()
     torch.testing.assert_close(output.losses["second_pass"], expected)
     gradient = torch.autograd.grad(expected, transformer.embedding.tokens.weight)[0]

@@ -40,7 +40,7 @@ def bert_logits(bert: torch.nn.Module, tokens: TokenBatch) -> torch.Tensor:
 def our_logits(bundle, tokens: TokenBatch) -> torch.Tensor:
     with torch.no_grad():
         hidden = bundle.model(tokens)
-        return bundle.model.head(hidden, bundle.model.embedding.tokens)[tokens.attention_mask]
+        return bundle.model.head(hidden, bundle.model.embedding.tokens).logits[tokens.attention_mask]
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

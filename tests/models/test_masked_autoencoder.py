@@ -17,6 +17,7 @@ from scmodelforge.models.objectives.batch import TrainingBatch
 from scmodelforge.models.objectives.reconstruction import MaskedReconstruction
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import pack_queries
 from tests.helpers import make_cells, make_vocab
 
 N_GENES = 400
@@ -202,10 +203,12 @@ def test_an_answer_depends_on_which_gene_is_asked() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
-        hidden = model(tokens)
-        queries = torch.tensor([[FIRST, FIRST + 1, FIRST + 2]])
-        predicted = model.expression(hidden, torch.arange(3), tokens, queries)[:, 0]
-        swapped = model.expression(hidden, torch.arange(3), tokens, queries.flip(1))[:, 0]
+        packed, genes = model.packed(tokens), torch.tensor([FIRST, FIRST + 1, FIRST + 2])
+        hidden, cell = model(packed), torch.zeros(3, dtype=torch.int64)
+        predicted, swapped = (
+            model.expression(hidden, packed, pack_queries(packed, ids, cell))[:, 0]
+            for ids in (genes, genes.flip(0))
+        )
     assert predicted.unique().numel() == 3
     torch.testing.assert_close(swapped, predicted.flip(0))
 

@@ -124,7 +124,7 @@ def test_loss_and_counts_are_plain_cross_entropy_over_the_asked() -> None:
     batch = corrupt(some_tokens(4))
     task = masked_genes(Masking(), VOCAB)
     output = task(model, batch)
-    everywhere = model.head(model(batch.tokens), model.embedding.tokens).flatten(0, 1)
+    everywhere = model.head(model(batch.tokens), model.embedding.tokens).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(everywhere[batch.asked], batch.genes)
     torch.testing.assert_close(output.loss, expected)
     metrics = task.metrics(task.count(output, batch) + task.count(output, batch))

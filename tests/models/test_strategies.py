@@ -210,9 +210,9 @@ def test_what_comes_later_changes_no_prediction(row: Combination) -> None:
     with torch.no_grad():
         batch, again = (task.corrupt(t, 1, 0) for t in (tokens, changed))
         before, after = task(model, batch), task(model, again)
-    assert before.gene_logits is not None
-    assert after.gene_logits is not None
-    assert torch.equal(before.gene_logits, after.gene_logits)
+    assert before.genes is not None
+    assert after.genes is not None
+    assert torch.equal(before.genes.logits, after.genes.logits)
     assert int((batch.genes != again.genes).sum()) == 20
 
 

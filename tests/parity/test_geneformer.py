@@ -124,7 +124,7 @@ def test_logits_loss_and_gradients_are_bert_s(pair) -> None:
     output = task(ours, batch)
     assert len(batch.genes) > 5
     asked = reference.logits.flatten(0, 1)[batch.asked]
-    torch.testing.assert_close(output.gene_logits, asked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.genes.logits, asked, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, reference.loss, atol=1e-5, rtol=0)
 
     output.loss.backward()

@@ -9,11 +9,14 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.base import CellTransformer
+from scmodelforge.models.attention import Sequences
+from scmodelforge.models.base import CellTransformer, at, cell_of
+from scmodelforge.models.gene_prediction import GenePrediction
 from scmodelforge.models.heads import CountHead, ExpressionHead, build_gene_head
 from scmodelforge.models.objectives.counts import EPSILON
 from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens, unpack
 
 
 def autoregressive_transformer(config: Config, vocab: GeneVocab) -> CellTransformer:
@@ -29,8 +32,7 @@ class AutoregressiveTransformer(CellTransformer):
     """A causal transformer over `<cls>` g₀ g₁ …; the hidden state of each token predicts the token after it.
 
     It reads at most `tokenizer.max_genes` − 1 tokens, as nothing comes after the last one. Tokens of obs columns come
-    before `<cls>`; a column whose category is unknown is read by nobody. Pads are on the right, where no token
-    looks, and need no mask.
+    before `<cls>`; a column whose category is unknown is left out.
 
     With `model.count_bias` a query adds log(1 + ε + count) of a gene to the score of its key; in training not to its
     own, but while embedding to its own too (TranscriptFormer). Special tokens and obs tokens have the count 1.
@@ -58,39 +60,25 @@ class AutoregressiveTransformer(CellTransformer):
             self.expression_head = ExpressionHead(config, vocab, with_gene=True)
         self.apply(initialize)
 
-    def inputs(
-        self, tokens: TokenBatch, embed: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
-        """As in `CellTransformer`, with the causal mask and the count bias; `embed` as in `forward`."""
-        x, _, _, n_obs = super().inputs(tokens)
-        length = x.shape[1]
-        allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
-        if self.obs_embedding is not None:
-            assert tokens.obs is not None
-            known = torch.ones(x.shape[0], length, dtype=torch.bool, device=x.device)
-            known[:, :n_obs] = tokens.obs[:, self.obs_embedding.places] != 0
-            itself = torch.eye(length, dtype=torch.bool, device=x.device)  # so that nobody reads nothing
-            allowed = allowed & known[:, None, None, :] | itself
-        if not self.count_bias:
-            return x, allowed, None, n_obs
-        counts = x.new_ones(x.shape[:2], dtype=torch.float32)
-        is_gene = tokens.input_ids >= self.first_gene_token
-        counts[:, n_obs:] = torch.where(is_gene, tokens.values, 1.0)
-        bias = torch.log1p(counts + EPSILON)[:, None, None, :]
-        if not embed:
-            bias = bias * torch.ones(length, length, device=x.device).tril(-1)
-        return x, allowed, bias, n_obs
+    def sequences(self, tokens: PackedTokens, embed: bool = False) -> Sequences:
+        """As in `CellTransformer`, causal and with the count bias; `embed` as in `forward`."""
+        bias = None
+        if self.count_bias:
+            counts = tokens.values.where(tokens.input_ids >= self.first_gene_token, 1.0)
+            bias = torch.log1p(counts + EPSILON)
+        return Sequences(tokens.cu_seqlens, tokens.max_length, True, bias, biases_itself=embed)
 
-    def forward(self, tokens: TokenBatch, embed: bool = False) -> torch.Tensor:
-        """Hidden states (n_cells, length, width); those at padding positions mean nothing.
+    def forward(self, tokens: TokenBatch | PackedTokens, embed: bool = False) -> torch.Tensor:
+        """Hidden states (total, width) of packed cells; (n_cells, length, width) of padded ones, zero at padding.
 
         `embed`: each token's own count biases its attention to itself, as TranscriptFormer does for embeddings.
         """
-        x, allowed, bias, n_obs = self.inputs(tokens, embed)
-        return self.transformer(x, allowed, bias)[:, n_obs:]
+        packed = self.packed(tokens)
+        hidden = self.transformer(self.inputs(packed), self.sequences(packed, embed))
+        return hidden if packed is tokens else unpack(hidden, packed, tokens.input_ids.shape[1])
 
-    def encode(self, tokens: TokenBatch, pooling: str | None = None) -> torch.Tensor:
-        """Cell embeddings (n_cells, width); the same whatever cells and padding they come with.
+    def encode(self, tokens: TokenBatch | PackedTokens, pooling: str | None = None) -> torch.Tensor:
+        """Cell embeddings (n_cells, width); the same whatever cells they come with. Packed cells are taken as `read`.
 
         `<eos>` is not read, and neither is the last gene of a cell that fills the window: what a causal model reads
         is what it was trained to go on from.
@@ -105,8 +93,8 @@ class AutoregressiveTransformer(CellTransformer):
                 "pooling 'cls' says nothing about a cell in an autoregressive model: <cls> comes first, and its hidden "
                 "state has seen no gene. Use pooling 'mean' or 'window'."
             )
-        tokens = self.read(tokens)
-        return self.cell_embedding(self(tokens, embed=True), tokens, pooling)
+        packed = self.packed(tokens if isinstance(tokens, PackedTokens) else self.read(tokens))
+        return self.cell_embedding(self(packed, embed=True), packed, pooling)
 
     def read(self, tokens: TokenBatch) -> TokenBatch:
         """The tokens that go in: without `<eos>`, and at most as many as the window holds."""
@@ -118,22 +106,24 @@ class AutoregressiveTransformer(CellTransformer):
             lengths=(tokens.lengths - int(self.appends_eos)).clamp(max=length),
         )
 
-    def logits(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits (m, n_tokens) of the tokens that follow flat positions (m) of hidden states (n, length, width)."""
+    def genes_at(self, hidden: torch.Tensor, places: torch.Tensor) -> GenePrediction:
+        """What the head says about the tokens that follow flat places (m) of hidden states, packed or padded."""
         assert self.head is not None
-        asked = hidden.flatten(0, 1).index_select(0, positions)
-        return self.head(asked, self.embedding.tokens)
+        return self.head(at(hidden, places), self.embedding.tokens)
 
     def expression(
-        self, hidden: torch.Tensor, positions: torch.Tensor, genes: torch.Tensor, tokens: TokenBatch
+        self,
+        hidden: torch.Tensor,
+        places: torch.Tensor,
+        genes: torch.Tensor,
+        tokens: TokenBatch | PackedTokens,
     ) -> torch.Tensor:
-        """Outputs (m, n_outputs) for the values of the genes `genes` (m) that follow flat positions (m).
+        """Outputs (m, n_outputs) for the values of the genes `genes` (m) that follow flat places (m).
 
         Those of a `CountHead` are scores, which `objectives.counts.count_rates` makes rates of.
         """
         assert self.expression_head is not None
-        asked = hidden.flatten(0, 1).index_select(0, positions)
-        vectors = self.embedding.genes(genes)
+        asked, vectors = at(hidden, places), self.embedding.genes(genes)
         if isinstance(self.expression_head, CountHead):
             return self.expression_head(asked, vectors, genes)
-        return self.expression_head(asked, vectors, tokens.obs, positions // hidden.shape[1])
+        return self.expression_head(asked, vectors, tokens.obs, cell_of(tokens, places))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.objectives.batch import LossTerm, TrainingBatch
+from scmodelforge.models.objectives.batch import LossTerm, PackedBatch
 
 
 class CellExpressionHead(nn.Module):
@@ -88,7 +88,8 @@ class AuxiliaryHeads(nn.Module):
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         super().__init__()
-        self.objective = objective = config.model.objective
+        self.objective, self.pad_id = config.model.objective, vocab.pad_id
+        objective = self.objective
         self.cell_expression = CellExpressionHead(config) if objective.cell_weight else None
         self.batch: BatchClassifier | None = None
         if objective.batch_weight and objective.batch_key is not None:
@@ -106,7 +107,7 @@ class AuxiliaryHeads(nn.Module):
         self,
         cells: torch.Tensor,
         genes: torch.Tensor,
-        batch: TrainingBatch,
+        batch: PackedBatch,
         batch_vectors: torch.Tensor | None = None,
     ) -> dict[str, LossTerm]:
         """Loss terms by name.
@@ -131,26 +132,27 @@ class AuxiliaryHeads(nn.Module):
             assert batch.tokens.obs is not None
             labels = batch.tokens.obs[:, self.batch_place] - 1  # 0 is unknown
             total = F.cross_entropy(self.batch(cells).float(), labels, ignore_index=-1, reduction="sum")
-            terms["batch"] = LossTerm(total, int((labels >= 0).sum()), self.objective.batch_weight)
+            terms["batch"] = LossTerm(total, (labels >= 0).sum(), self.objective.batch_weight)
         return terms
 
     def _cell_expression(
         self,
         cells: torch.Tensor,
         genes: torch.Tensor,
-        batch: TrainingBatch,
+        batch: PackedBatch,
         batch_vectors: torch.Tensor | None,
     ) -> dict[str, LossTerm]:
         assert self.cell_expression is not None
         given = cells if batch_vectors is None else torch.cat([cells, batch_vectors], dim=1)
         outputs = self.cell_expression(given, genes, batch.cell).float()
-        count, weight = len(batch.values), self.objective.cell_weight
-        total = F.mse_loss(outputs[:, 0], batch.values, reduction="sum")
-        terms = {"cell_expression": LossTerm(total, count, weight)}
+        asked, weight = batch.genes != self.pad_id, self.objective.cell_weight
+        count = asked.sum()
+        losses = (outputs[:, 0] - batch.values).square()
+        terms = {"cell_expression": LossTerm((losses * asked).sum(), count, weight)}
         if self.cell_expression.nonzero is not None:
             more = (batch.values > 0).float()
-            total = F.binary_cross_entropy_with_logits(outputs[:, 1], more, reduction="sum")
-            terms["cell_nonzero"] = LossTerm(total, count, weight)
+            losses = F.binary_cross_entropy_with_logits(outputs[:, 1], more, reduction="none")
+            terms["cell_nonzero"] = LossTerm((losses * asked).sum(), count, weight)
         return terms
 
     def _similarity(self, cells: torch.Tensor) -> LossTerm:

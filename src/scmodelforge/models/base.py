@@ -10,14 +10,18 @@ from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.attention import Sequences
 from scmodelforge.models.embeddings import ExternalGenes, ObsEmbedding, build_embedding
 from scmodelforge.models.pooling import pool
 from scmodelforge.models.transformer import Transformer
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens, Packing, unpack
 
 
 class CellTransformer(nn.Module):
     """Embedding and transformer; an architecture adds its heads and what its attention may read.
+
+    It computes on packed cells. Padded ones (`TokenBatch`) are packed first, and what comes of them is padded again.
 
     Parameters
     ----------
@@ -34,6 +38,7 @@ class CellTransformer(nn.Module):
         self.first_gene_token = vocab.first_gene_token
         self.hidden_dim = config.model.hidden_dim
         self.max_length = config.tokenizer.max_genes
+        self.packing = Packing.of(config, vocab)
         self.embedding = build_embedding(config, vocab)
         self.obs_embedding = ObsEmbedding(config, vocab) if config.tokenizer.obs_tokens else None
         self.transformer = Transformer(config.model)
@@ -52,47 +57,58 @@ class CellTransformer(nn.Module):
             genes.vectors.requires_grad_(False)
         return self
 
-    def inputs(
-        self, tokens: TokenBatch
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
-        """Embedded tokens, which keys each may read, the bias on its scores, and the number of obs tokens before.
+    def packed(self, tokens: TokenBatch | PackedTokens) -> PackedTokens:
+        """The same cells without padding."""
+        return self.packing(tokens) if isinstance(tokens, TokenBatch) else tokens
 
-        Returns
-        -------
-        x float (n, n_obs + length, width); `allowed` and `bias` as in `Transformer.states`.
-        """
+    def inputs(self, tokens: PackedTokens) -> torch.Tensor:
+        """Embedded tokens and obs columns, float (total, width)."""
         x = self.embedding(tokens)
-        mask = tokens.attention_mask if tokens.has_padding else None
-        n_obs = 0
-        if self.obs_embedding is not None:
-            assert tokens.obs is not None
-            before = self.obs_embedding(tokens.obs)
-            n_obs = before.shape[1]
-            x = torch.cat([before, x], dim=1)
-            mask = None if mask is None else F.pad(mask, (n_obs, 0), value=True)
-        return x, None if mask is None else mask[:, None, None, :], None, n_obs
+        if self.obs_embedding is None:
+            return x
+        assert tokens.obs_places is not None
+        assert tokens.obs_rows is not None
+        columns = self.obs_embedding(tokens.obs_rows)
+        return x.index_copy(0, tokens.obs_places, columns.to(x.dtype))
+
+    def sequences(self, tokens: PackedTokens) -> Sequences:
+        """Which tokens read which: in a bidirectional model all of a cell."""
+        return Sequences(tokens.cu_seqlens, tokens.max_length)
 
     def hidden_states(self, tokens: TokenBatch) -> list[torch.Tensor]:
-        """Embedding output and the output of each block, `num_layers + 1` tensors (n, length, width)."""
-        x, allowed, bias, n_obs = self.inputs(tokens)
-        return [state[:, n_obs:] for state in self.transformer.states(x, allowed, bias)]
+        """Embedding output and the output of each block, `num_layers + 1` tensors (n_cells, length, width)."""
+        packed, length = self.packed(tokens), tokens.input_ids.shape[1]
+        states = self.transformer.states(self.inputs(packed), self.sequences(packed))
+        return [unpack(state, packed, length) for state in states]
 
-    def forward(self, tokens: TokenBatch) -> torch.Tensor:
-        """Hidden states (n_cells, length, width); those at padding positions mean nothing."""
-        x, allowed, bias, n_obs = self.inputs(tokens)
-        return self.transformer(x, allowed, bias)[:, n_obs:]
+    def forward(self, tokens: TokenBatch | PackedTokens) -> torch.Tensor:
+        """Hidden states (total, width) of packed cells; (n_cells, length, width) of padded ones, zero at padding."""
+        packed = self.packed(tokens)
+        hidden = self.transformer(self.inputs(packed), self.sequences(packed))
+        return hidden if packed is tokens else unpack(hidden, packed, tokens.input_ids.shape[1])
 
-    def pool(self, hidden: torch.Tensor, tokens: TokenBatch, pooling: str | None = None) -> torch.Tensor:
-        """Cell embeddings (n_cells, width), not normalized, from hidden states (n_cells, length, width)."""
+    def pool(self, hidden: torch.Tensor, tokens: PackedTokens, pooling: str | None = None) -> torch.Tensor:
+        """Cell embeddings (n_cells, width), not normalized, from hidden states (total, width)."""
         return pool(hidden, tokens, pooling or self.pooling, self.first_gene_token, self.max_length)
 
     def cell_embedding(
-        self, hidden: torch.Tensor, tokens: TokenBatch, pooling: str | None = None
+        self, hidden: torch.Tensor, tokens: PackedTokens, pooling: str | None = None
     ) -> torch.Tensor:
         """As `pool`, of length 1 with `model.normalize_embedding`."""
         embedding = self.pool(hidden, tokens, pooling)
         return F.normalize(embedding, dim=1) if self.normalize_embedding else embedding
 
-    def encode(self, tokens: TokenBatch, pooling: str | None = None) -> torch.Tensor:
-        """Cell embeddings (n_cells, width); the same whatever cells and padding they come with."""
-        return self.cell_embedding(self(tokens), tokens, pooling)
+    def encode(self, tokens: TokenBatch | PackedTokens, pooling: str | None = None) -> torch.Tensor:
+        """Cell embeddings (n_cells, width); the same whatever cells they come with."""
+        packed = self.packed(tokens)
+        return self.cell_embedding(self(packed), packed, pooling)
+
+
+def at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Hidden states (m, width) at flat places (m) of packed (total, width) or padded (n_cells, length, width) ones."""
+    return hidden.flatten(0, -2).index_select(0, places)
+
+
+def cell_of(tokens: TokenBatch | PackedTokens, places: torch.Tensor) -> torch.Tensor:
+    """int64 (m): row in the batch of the cell at each flat place."""
+    return tokens.cell[places] if isinstance(tokens, PackedTokens) else places // tokens.input_ids.shape[1]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens
 
 MASKED_VALUE = -1.0  # what stands in the place of a hidden value (scGPT)
 LARGEST_VALUE = 512.0  # larger values are clamped (scGPT)
@@ -75,10 +75,10 @@ class RankEmbedding(nn.Module):
         self.norm = nn.LayerNorm(model.hidden_dim, eps=model.layer_norm_eps)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, tokens: TokenBatch) -> torch.Tensor:
-        """Float (n, length, width). The position of a token is its rank in the cell."""
-        genes = self.tokens(tokens.input_ids)
-        return self.dropout(self.norm(genes + self.ranks.weight[: genes.shape[1]]))
+    def forward(self, tokens: PackedTokens) -> torch.Tensor:
+        """Float (total, width). The position of a token is its rank in the cell."""
+        ranks = self.ranks(tokens.positions.clamp(min=0))
+        return self.dropout(self.norm(self.tokens(tokens.input_ids) + ranks))
 
     def genes(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Gene vectors without rank, float (..., width)."""
@@ -167,8 +167,8 @@ class GeneValueEmbedding(nn.Module):
         """Gene vectors without value, float (..., width)."""
         return self.norm(self.tokens(input_ids))
 
-    def forward(self, tokens: TokenBatch) -> torch.Tensor:
-        """Float (n, length, width)."""
+    def forward(self, tokens: PackedTokens) -> torch.Tensor:
+        """Float (total, width)."""
         genes = self.genes(tokens.input_ids)
         if self.scaling:
             genes = genes * tokens.values[..., None]
@@ -188,14 +188,11 @@ class ObsEmbedding(nn.Module):
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         super().__init__()
-        names = list(vocab.obs_categories)
-        self.places = [names.index(column) for column in config.tokenizer.obs_tokens]
         self.columns = nn.ModuleList(
             nn.Embedding(len(vocab.obs_categories[column]) + 1, config.model.hidden_dim)
             for column in config.tokenizer.obs_tokens
         )
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """int64 (n, n_columns) of all columns of the vocabulary → float (n, n_tokens, width)."""
-        vectors = (column(obs[:, place]) for place, column in zip(self.places, self.columns, strict=True))
-        return torch.stack(list(vectors), dim=1)
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """int64 (n): rows of the tables of all columns, one after the other → float (n, width)."""
+        return F.embedding(rows, torch.cat([column.weight for column in self.columns]))  # type: ignore[misc]

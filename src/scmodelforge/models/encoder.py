@@ -7,11 +7,13 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.auxiliary import AuxiliaryHeads
-from scmodelforge.models.base import CellTransformer
+from scmodelforge.models.base import CellTransformer, at, cell_of
+from scmodelforge.models.gene_prediction import GenePrediction
 from scmodelforge.models.heads import ExpressionHead, build_gene_head
-from scmodelforge.models.objectives.batch import LossTerm, TrainingBatch
+from scmodelforge.models.objectives.batch import LossTerm, PackedBatch
 from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens
 
 
 class TransformerEncoder(CellTransformer):
@@ -40,24 +42,34 @@ class TransformerEncoder(CellTransformer):
         self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
 
-    def logits(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Gene logits (m, n_tokens) at flat positions (m) of hidden states (n_cells, length, width)."""
+    def genes_at(self, hidden: torch.Tensor, places: torch.Tensor) -> GenePrediction:
+        """What the head says at flat places (m) of hidden states, packed or padded."""
         assert self.head is not None
-        asked = hidden.flatten(0, 1).index_select(0, positions)
-        return self.head(asked, self.embedding.tokens)
+        return self.head(at(hidden, places), self.embedding.tokens)
 
     def expression(
-        self, hidden: torch.Tensor, positions: torch.Tensor, genes: torch.Tensor, tokens: TokenBatch
+        self,
+        hidden: torch.Tensor,
+        places: torch.Tensor,
+        genes: torch.Tensor,
+        tokens: TokenBatch | PackedTokens,
     ) -> torch.Tensor:
-        """Expression predictions (m, n_outputs) at flat positions (m), whose true genes are `genes` (m)."""
-        assert self.expression_head is not None
-        asked = hidden.flatten(0, 1).index_select(0, positions)
-        return self.expression_head(
-            asked, self.embedding.genes(genes), tokens.obs, positions // hidden.shape[1]
-        )
+        """Expression predictions (m, n_outputs) at flat places (m) of hidden states, whose true genes are `genes`."""
+        return self.expression_of(at(hidden, places), genes, tokens, cell_of(tokens, places))
 
-    def auxiliary_terms(self, hidden: torch.Tensor, batch: TrainingBatch) -> dict[str, LossTerm]:
-        """Auxiliary loss terms from hidden states (n_cells, length, width); none without auxiliary heads."""
+    def expression_of(
+        self,
+        states: torch.Tensor,
+        genes: torch.Tensor,
+        tokens: TokenBatch | PackedTokens,
+        cell: torch.Tensor,
+    ) -> torch.Tensor:
+        """Expression predictions (m, n_outputs) from states (m, width) of genes (m) of cells `cell` (m)."""
+        assert self.expression_head is not None
+        return self.expression_head(states, self.embedding.genes(genes), tokens.obs, cell)
+
+    def auxiliary_terms(self, hidden: torch.Tensor, batch: PackedBatch) -> dict[str, LossTerm]:
+        """Auxiliary loss terms from hidden states (total, width); none without auxiliary heads."""
         if self.auxiliary is None:
             return {}
         head, tokens = self.expression_head, batch.tokens

@@ -12,10 +12,12 @@ from torch import nn
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.attention import Sequences
 from scmodelforge.models.encoder import TransformerEncoder
 from scmodelforge.models.objectives.expression import predicted_values
 from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedQueries, PackedTokens, pack_queries
 
 GENERATED = 1  # row of the flags; scGPT has a row 0 too, which it never reads
 
@@ -39,34 +41,33 @@ class GenerativeTransformer(TransformerEncoder):
         initialize(self.flags)
 
     def generated_states(
-        self, tokens: TokenBatch, queries: torch.Tensor, cells: torch.Tensor | None = None
+        self, tokens: PackedTokens, queries: PackedQueries, cells: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of perceived tokens (n_cells, length, width) and of queries (n_cells, n_queries, width).
+        """Hidden states of perceived tokens (total, width) and of queries (m, width).
 
         Parameters
         ----------
         tokens
             What is perceived.
         queries
-            int64 (n_cells, n_queries): token of each generated gene; at pads the result means nothing.
+            The generated genes, with obs columns in their sequences.
         cells
             float (n_cells, width): cell embeddings that take the place of the first token's embedding.
         """
-        x, allowed, _, n_obs = self.inputs(tokens)
+        perceived = self.inputs(tokens)
         if cells is not None:
-            x = torch.cat([x[:, :n_obs], cells[:, None].to(x.dtype), x[:, n_obs + 1 :]], dim=1)
-        generated = self.embedding.dropout(self.embedding.genes(queries) + self.flags.weight[GENERATED])
-        n_perceived, n_queries = x.shape[1], queries.shape[1]
-        n_all = n_perceived + n_queries
-
-        readable = torch.arange(n_all, device=x.device) < n_perceived  # by everyone
-        if allowed is not None:
-            readable = torch.cat([allowed, allowed.new_zeros(len(x), 1, 1, n_queries)], dim=3)
-        own = torch.eye(n_all, dtype=torch.bool, device=x.device)
-        own[:n_perceived] = False
-        projected = n_perceived if self.config.model.objective.reference else None
-        states = self.transformer(torch.cat([x, generated], dim=1), readable | own, projected=projected)
-        return states[:, n_obs:n_perceived], states[:, n_perceived:]
+            perceived = perceived.index_copy(0, tokens.starts, cells.to(perceived.dtype))
+        generated = self.embedding.dropout(self.embedding.genes(queries.ids) + self.flags.weight[GENERATED])
+        n_all = len(perceived) + len(generated)
+        x = perceived.new_zeros(n_all, perceived.shape[1])
+        x = x.index_copy(0, queries.token_places, perceived)
+        x = x.index_copy(0, queries.places, generated.to(x.dtype))
+        is_perceived = torch.zeros(n_all, dtype=torch.bool, device=x.device)
+        is_perceived[queries.token_places] = True
+        sequences = Sequences(queries.cu_seqlens, queries.max_length, read_by_all=is_perceived)
+        projected = is_perceived[:, None] if self.config.model.objective.reference else None
+        states = self.transformer(x, sequences, projected)
+        return states.index_select(0, queries.token_places), states.index_select(0, queries.places)
 
     def generate(self, tokens: TokenBatch, genes: torch.Tensor) -> torch.Tensor:
         """Predicted values (n_cells, n_genes) of genes, given what is perceived.
@@ -78,8 +79,9 @@ class GenerativeTransformer(TransformerEncoder):
         genes
             int64 (n_genes) or (n_cells, n_genes): tokens of the asked genes.
         """
-        queries = genes.expand(tokens.n_cells, -1)
-        _, states = self.generated_states(tokens, queries)
-        asked = torch.arange(queries.numel(), device=queries.device)
-        outputs = self.expression(states, asked, queries.flatten(), tokens)
-        return predicted_values(self.config, outputs).view(queries.shape)
+        packed, asked = self.packed(tokens), genes.expand(tokens.n_cells, -1)
+        cell = torch.arange(tokens.n_cells, device=asked.device).repeat_interleave(asked.shape[1])
+        queries = pack_queries(packed, asked.flatten(), cell)
+        _, states = self.generated_states(packed, queries)
+        outputs = self.expression_of(states, queries.ids, packed, cell)
+        return predicted_values(self.config, outputs).view(asked.shape)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.embeddings import ExternalGenes, LearnedGenes
+from scmodelforge.models.gene_prediction import GenePrediction
 from scmodelforge.models.transformer import ACTIVATIONS
-
-
-def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap · tanh(logits / cap), or the logits as they are without a cap."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class MaskedGeneHead(nn.Module):
@@ -28,10 +23,10 @@ class MaskedGeneHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(n_tokens))
 
-    def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> torch.Tensor:
-        """Hidden states (..., width) → logits (..., n_tokens)."""
-        logits = F.linear(self.norm(self.activation(self.dense(hidden))), genes.table(), self.bias)
-        return soft_capped(logits, self.soft_cap)
+    def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> GenePrediction:
+        """From hidden states (..., width)."""
+        states = self.norm(self.activation(self.dense(hidden)))
+        return GenePrediction(states, genes.table(), self.bias, self.soft_cap)
 
 
 class GeneNetwork(nn.Module):
@@ -49,9 +44,11 @@ class GeneNetwork(nn.Module):
             nn.Linear(width, n_tokens),
         )
 
-    def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> torch.Tensor:
-        """Hidden states (..., width) → logits (..., n_tokens)."""
-        return soft_capped(self.layers(hidden), self.soft_cap)
+    def forward(self, hidden: torch.Tensor, genes: LearnedGenes | ExternalGenes) -> GenePrediction:
+        """From hidden states (..., width)."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        return GenePrediction(self.layers[:-1](hidden), last.weight, last.bias, self.soft_cap)
 
 
 def build_gene_head(config: Config, vocab: GeneVocab) -> MaskedGeneHead | GeneNetwork:

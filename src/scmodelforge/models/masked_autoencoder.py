@@ -12,11 +12,12 @@ from torch import nn
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.attention import Sequences
 from scmodelforge.models.auxiliary import AuxiliaryHeads
 from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.embeddings import MASKED_VALUE, GeneValueEmbedding
 from scmodelforge.models.transformer import Transformer, initialize
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedQueries, PackedTokens
 
 
 def decoder_config(model: ModelConfig) -> ModelConfig:
@@ -51,7 +52,6 @@ class MaskedAutoencoder(CellTransformer):
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         super().__init__(config, vocab)
         model = config.model
-        self.pad_id = vocab.pad_id
         self.to_decoder = nn.Linear(model.hidden_dim, model.decoder_dim)
         self.decoder = Transformer(decoder_config(model))
         n_outputs = config.tokenizer.n_bins if config.value_loss == "cross_entropy" else 1
@@ -59,33 +59,32 @@ class MaskedAutoencoder(CellTransformer):
         self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
 
-    def decode(self, hidden: torch.Tensor, tokens: TokenBatch, queries: torch.Tensor) -> torch.Tensor:
+    def decode(self, hidden: torch.Tensor, tokens: PackedTokens, queries: PackedQueries) -> torch.Tensor:
         """States of the asked genes.
 
         Parameters
         ----------
         hidden
-            float (n, length, width): what `forward` made of `tokens`.
+            float (total, width): what `forward` made of `tokens`.
         tokens
             The visible tokens.
         queries
-            int64 (n, n_queries): asked genes, `<pad>` on the right.
+            The asked genes, without obs columns in their sequences.
 
         Returns
         -------
-        float (n, n_queries, decoder width); those at `<pad>` mean nothing.
+        float (m, decoder width).
         """
         assert self.embedding.values is not None
-        unknown = self.embedding.values(hidden.new_full((1, 1), MASKED_VALUE))
-        visible = hidden + self.embedding.genes(tokens.input_ids)
-        asked = self.embedding.genes(queries) + unknown
-        allowed = torch.cat([tokens.attention_mask, queries != self.pad_id], dim=1)
-        x = self.to_decoder(torch.cat([visible, asked], dim=1))
-        return self.decoder(x, allowed[:, None, None, :])[:, visible.shape[1] :]
+        unknown = self.embedding.values(hidden.new_full((1,), MASKED_VALUE))
+        visible = (hidden + self.embedding.genes(tokens.input_ids)).index_select(0, queries.tokens)
+        asked = self.embedding.genes(queries.ids) + unknown
+        x = visible.new_zeros(len(visible) + len(asked), visible.shape[1])
+        x = x.index_copy(0, queries.token_places, visible)
+        x = x.index_copy(0, queries.places, asked.to(x.dtype))
+        sequences = Sequences(queries.cu_seqlens, queries.max_length)
+        return self.decoder(self.to_decoder(x), sequences).index_select(0, queries.places)
 
-    def expression(
-        self, hidden: torch.Tensor, asked: torch.Tensor, tokens: TokenBatch, queries: torch.Tensor
-    ) -> torch.Tensor:
-        """Expression predictions (m, n_outputs) at flat positions `asked` (m) of `queries` (n, n_queries)."""
-        states = self.decode(hidden, tokens, queries).flatten(0, 1)
-        return self.head(states.index_select(0, asked))
+    def expression(self, hidden: torch.Tensor, tokens: PackedTokens, queries: PackedQueries) -> torch.Tensor:
+        """Expression predictions (m, n_outputs) of the asked genes."""
+        return self.head(self.decode(hidden, tokens, queries))

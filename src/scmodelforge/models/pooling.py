@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens
 
 
 def pool(
-    hidden: torch.Tensor, tokens: TokenBatch, pooling: str, first_gene_token: int, window: int
+    hidden: torch.Tensor, tokens: PackedTokens, pooling: str, first_gene_token: int, window: int
 ) -> torch.Tensor:
-    """Pool hidden states (n_cells, length, width) into cell embeddings (n_cells, width).
+    """Pool hidden states (total, width) into cell embeddings (n_cells, width).
 
-    "cls" takes the first position; "mean" averages over gene tokens, without special ones and padding, as
-    Geneformer's "cell" embeddings do; "window" adds up all tokens and divides by the longest input `window`, as
-    TranscriptFormer does. A cell without any gene token has a mean of zero.
+    "cls" takes the first token; "mean" averages over gene tokens, without special ones, as Geneformer's "cell"
+    embeddings do; "window" adds up all tokens and divides by the longest input `window`, as TranscriptFormer does. A
+    cell without any gene token has a mean of zero.
     """
     if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "window":
-        counted = tokens.attention_mask.float()
-    else:
-        counted = ((tokens.input_ids >= first_gene_token) & tokens.attention_mask).float()
+        return hidden.index_select(0, tokens.starts)
+    counted = tokens.positions >= 0 if pooling == "window" else tokens.input_ids >= first_gene_token
     with torch.autocast(hidden.device.type, enabled=False):  # a sum of hundreds of terms needs float32
-        total = torch.einsum("nlw,nl->nw", hidden.float(), counted)
-        return total / (window if pooling == "window" else counted.sum(dim=1, keepdim=True).clamp(min=1))
+        parts = hidden.float() * counted[:, None]
+        total = parts.new_zeros(tokens.n_cells, parts.shape[1]).index_add(0, tokens.cell, parts)
+        n_counted = parts.new_zeros(tokens.n_cells, 1).index_add(0, tokens.cell, counted[:, None].float())
+        return total / (window if pooling == "window" else n_counted.clamp(min=1))

@@ -85,7 +85,9 @@ def generate(
         hidden = model(now)
         last = torch.arange(len(rows), device=rows.device) * hidden.shape[1] + now.lengths - 1
         of_gene, of_value = _uniforms(seed, numbers[rows.cpu().numpy()], now.lengths)
-        logits = model.logits(hidden, last).float().masked_fill(closed[rows], -torch.inf) / temperature
+        logits = (
+            model.genes_at(hidden, last).logits.float().masked_fill(closed[rows], -torch.inf) / temperature
+        )
         gene = _draw(logits, of_gene, top_k)
         closed[rows, gene] = True
         if eos_id is not None:

@@ -1,57 +1,26 @@
 """The transformer: attention and blocks, read from top to bottom.
 
 What is special about it:
-- own q, k, v and out projections over `scaled_dot_product_attention`, so that adapters reach each of them
-  and torch picks the fastest kernel;
-- LayerNorm before the sublayers (stable from scratch) or after them (BERT, and so Geneformer);
-- padding is masked at the keys; a batch without padding takes the path without a mask;
-- what attention may read is a bool mask; a bias on the scores and a soft cap (TranscriptFormer) leave the fast
-  kernels.
+- it reads packed cells, (total, width): no padding anywhere, and all but attention needs no idea of cells
+  (see `attention.py`);
+- own q, k, v and out projections, so that adapters reach each of them;
+- LayerNorm before the sublayers (stable from scratch) or after them (BERT, and so Geneformer).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from scmodelforge.config import ModelConfig
+from scmodelforge.models.attention import Sequences, attend
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 INITIALIZER_RANGE = 0.02  # Devlin et al. 2019; Theodoris et al. 2023
-
-
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    allowed: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    soft_cap: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Softmax attention (n, heads, length, head width).
-
-    Scores are q·k / √(head width) + `bias`, squashed to soft_cap · tanh(score / soft_cap) where there is a cap.
-    `allowed` (bool) and `bias` (float) broadcast against (n, heads, queries, keys). A query that may read nothing
-    gets zeros.
-    """
-    if bias is None and soft_cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if bias is not None:
-        scores = scores + bias
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1)
-    if allowed is not None:
-        weights = weights.masked_fill(~allowed, 0.0)
-    return F.dropout(weights, dropout, training=dropout > 0) @ v
 
 
 class Attention(nn.Module):
@@ -69,21 +38,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=config.bias)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        allowed: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-        projected: int | None = None,
+        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(n, length, width) → the same; see `attend` for `allowed` and `bias`, `Transformer` for `projected`."""
-        heads = (x.shape[0], x.shape[1], self.num_heads, -1)
-        q, k, v = (layer(x).view(heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        """(total, width) → the same; see `Transformer` for `projected`."""
+        q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, allowed, bias, self.soft_cap, dropout)
-        mixed = mixed.transpose(1, 2).reshape(x.shape)
-        if projected is None:
-            return self.out(mixed)
-        return torch.cat([self.out(mixed[:, :projected]), mixed[:, projected:]], dim=1)
+        mixed = attend(q, k, v, sequences, self.soft_cap, dropout).flatten(1)
+        return self.out(mixed) if projected is None else torch.where(projected, self.out(mixed), mixed)
 
 
 class FeedForward(nn.Module):
@@ -96,7 +57,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, length, width) → the same."""
+        """(total, width) → the same."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -117,26 +78,29 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        allowed: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-        projected: int | None = None,
+        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(n, length, width) → the same."""
+        """(total, width) → the same."""
         if self.norm == "pre":
-            x = x + self.dropout(self.attention(self.attention_norm(x), allowed, bias, projected))
+            x = x + self.dropout(self.attention(self.attention_norm(x), sequences, projected))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         if self.norm == "normed_residual":
             x = self.attention_norm(x)
-            x = self.feed_forward_norm(x + self.dropout(self.attention(x, allowed, bias, projected)))
+            x = self.feed_forward_norm(x + self.dropout(self.attention(x, sequences, projected)))
             return x + self.dropout(self.feed_forward(x))
-        x = self.attention_norm(x + self.dropout(self.attention(x, allowed, bias, projected)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, sequences, projected)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; "pre" norm ends with a LayerNorm of its own, unless `final_norm` says otherwise."""
+    """A stack of blocks; "pre" norm ends with a LayerNorm of its own, unless `final_norm` says otherwise.
+
+    Attributes
+    ----------
+    recomputes
+        Forget what is inside the blocks in the forward pass and compute it again in the backward pass: a fourth more
+        work for a fraction of the memory.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -145,41 +109,35 @@ class Transformer(nn.Module):
         self.final_norm = (
             nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps) if final_norm else nn.Identity()
         )
+        self.recomputes = False
 
     def states(
-        self,
-        x: torch.Tensor,
-        allowed: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-        projected: int | None = None,
+        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
-        """Yield the input, then the output of each block: `num_layers + 1` tensors (n, length, width).
+        """Yield the input, then the output of each block: `num_layers + 1` tensors (total, width).
 
         Parameters
         ----------
         x
-            float (n, length, width): embedded tokens.
-        allowed, bias
-            bool and float, broadcast against (n, heads, queries, keys): which keys a query may read, and what is
-            added to its scores. None: all keys, and nothing.
+            float (total, width): embedded tokens.
+        sequences
+            Which of them read which.
         projected
-            How many positions, from the first, pass attention's out projection; None: all (see `generative.py`).
+            bool (total, 1): which of them pass attention's out projection; None: all (see `generative.py`).
         """
         yield x
-        for block in self.blocks[:-1]:
-            x = block(x, allowed, bias, projected)
-            yield x
-        yield self.final_norm(self.blocks[-1](x, allowed, bias, projected))
+        for number, block in enumerate(self.blocks, 1):
+            if self.recomputes and torch.is_grad_enabled():
+                x = checkpoint(block, x, sequences, projected, use_reentrant=False)
+            else:
+                x = block(x, sequences, projected)
+            yield self.final_norm(x) if number == len(self.blocks) else x
 
     def forward(
-        self,
-        x: torch.Tensor,
-        allowed: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-        projected: int | None = None,
+        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The last of `states`."""
-        for state in self.states(x, allowed, bias, projected):
+        for state in self.states(x, sequences, projected):
             x = state
         return x
 

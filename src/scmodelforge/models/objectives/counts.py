@@ -13,7 +13,7 @@ EPSILON = 1e-6  # added to rates and to the counts that steer attention (Transcr
 
 
 def count_rates(
-    scores: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor, shape: torch.Size
+    scores: torch.Tensor, counts: torch.Tensor, cell: torch.Tensor, n_cells: int, asked: torch.Tensor
 ) -> torch.Tensor:
     """Rates μ float32 (m): the cell's counts shared out among its genes by a softmax of their scores.
 
@@ -21,15 +21,24 @@ def count_rates(
     ----------
     scores, counts
         float (m): score and true count of each gene.
-    positions
-        int64 (m): its flat position in cells of `shape` (n_cells, length).
+    cell
+        int64 (m): row in the batch of its cell.
+    n_cells
+        Cells in the batch.
+    asked
+        bool (m): those that take part; the others get 0.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        scores = scores.float()
-        lowest = scores.new_full(shape, torch.finfo(scores.dtype).min).flatten()
-        shares = lowest.index_copy(0, positions, scores).view(shape).softmax(dim=1)
-        depth = torch.zeros_like(lowest).index_copy(0, positions, counts.float()).view(shape).sum(1, True)
-        return (shares * depth).flatten().index_select(0, positions)
+        scores = scores.float().masked_fill(~asked, -torch.inf)
+        largest = scores.new_full((n_cells,), torch.finfo(scores.dtype).min)
+        largest = largest.scatter_reduce(0, cell, scores.detach(), "amax")
+        weights = (scores - largest[cell]).exp()
+
+        def per_cell(x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(n_cells).index_add(0, cell, x)[cell]
+
+        share = weights / per_cell(weights).where(asked, 1.0)
+        return share * per_cell(counts.float() * asked)
 
 
 def count_nll(rates: torch.Tensor, counts: torch.Tensor, reference: bool = False) -> torch.Tensor:

@@ -9,23 +9,25 @@ from scmodelforge.config import Config
 from scmodelforge.models.objectives.batch import LossTerm
 
 
-def expression_terms(config: Config, outputs: torch.Tensor, values: torch.Tensor) -> dict[str, LossTerm]:
+def expression_terms(
+    config: Config, outputs: torch.Tensor, values: torch.Tensor, asked: torch.Tensor
+) -> dict[str, LossTerm]:
     """Loss terms of the outputs (m, n_outputs) of an `ExpressionHead` for the true values (m).
 
     "expression" is the squared error, or the cross-entropy over bins. With `zero_probability` there is also
-    "nonzero", the negative log-likelihood of being more than zero or not (scGPT).
+    "nonzero", the negative log-likelihood of being more than zero or not (scGPT). Only what is `asked` (bool m) counts.
     """
     objective = config.model.objective
-    outputs, terms = outputs.float(), {}
+    outputs, terms, count = outputs.float(), {}, asked.sum()
     if objective.zero_probability:
         logit, outputs = outputs[:, -1], outputs[:, :-1]
-        total = F.binary_cross_entropy_with_logits(logit, (values > 0).float(), reduction="sum")
-        terms["nonzero"] = LossTerm(total, len(values), objective.value_weight)
+        losses = F.binary_cross_entropy_with_logits(logit, (values > 0).float(), reduction="none")
+        terms["nonzero"] = LossTerm((losses * asked).sum(), count, objective.value_weight)
     if config.value_loss == "cross_entropy":
-        total = F.cross_entropy(outputs, values.long(), reduction="sum")
+        losses = F.cross_entropy(outputs, values.long(), reduction="none")
     else:
-        total = F.mse_loss(outputs[:, 0], values, reduction="sum")
-    return {"expression": LossTerm(total, len(values), objective.value_weight)} | terms
+        losses = (outputs[:, 0] - values).square()
+    return {"expression": LossTerm((losses * asked).sum(), count, objective.value_weight)} | terms
 
 
 def predicted_values(config: Config, outputs: torch.Tensor) -> torch.Tensor:

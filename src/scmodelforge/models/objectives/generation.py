@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
+from scmodelforge.models.objectives.batch import ModelOutput, PackedBatch, TrainingBatch
 from scmodelforge.models.objectives.expression import expression_terms
 from scmodelforge.models.objectives.kernels import split_genes
 from scmodelforge.models.objectives.masked import MaskedPrediction
@@ -55,18 +55,22 @@ class ExpressionGeneration(MaskedPrediction):
             queries=queries.input_ids,
         )
 
-    def __call__(self, model: GenerativeTransformer, batch: TrainingBatch) -> ModelOutput:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, model: GenerativeTransformer, batch: TrainingBatch | PackedBatch
+    ) -> ModelOutput:
         """Loss of the generated values, of the second pass, and the auxiliary losses."""
+        batch = self.pack(batch)
         assert batch.queries is not None
         tokens, weight = batch.tokens, self.config.model.objective.second_pass_weight
+        asked = torch.ones_like(batch.genes, dtype=torch.bool)
         hidden, states = model.generated_states(tokens, batch.queries)
-        expression = model.expression(states, batch.asked, batch.genes, tokens)
-        terms = expression_terms(self.config, expression, batch.values)
+        expression = model.expression_of(states, batch.genes, tokens, batch.cell)
+        terms = expression_terms(self.config, expression, batch.values, asked)
         terms |= model.auxiliary_terms(hidden, batch)
         if weight:
             cells = model.pool(hidden, tokens).detach()
             _, states = model.generated_states(tokens, batch.queries, cells)
-            again = model.expression(states, batch.asked, batch.genes, tokens)
-            second = expression_terms(self.config, again, batch.values)["expression"]
+            again = model.expression_of(states, batch.genes, tokens, batch.cell)
+            second = expression_terms(self.config, again, batch.values, asked)["expression"]
             terms["second_pass"] = replace(second, weight=weight)
         return ModelOutput(hidden, None, expression, terms)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.data.batch import ALL_MEASURED
 from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.embeddings import MASKED_VALUE
-from scmodelforge.models.objectives.batch import LossTerm, ModelOutput, TrainingBatch
+from scmodelforge.models.objectives.batch import (
+    LossTerm,
+    ModelOutput,
+    PackedBatch,
+    Sizes,
+    TrainingBatch,
+    pack,
+)
 from scmodelforge.models.objectives.expression import expression_terms, predicted_values
 from scmodelforge.models.objectives.kernels import mask_tokens
 from scmodelforge.models.objectives.metrics import (
@@ -30,6 +36,7 @@ from scmodelforge.models.objectives.metrics import (
     value_sums,
 )
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import Packing
 
 if TYPE_CHECKING:
     from scmodelforge.models.encoder import TransformerEncoder
@@ -51,7 +58,7 @@ class MaskedPrediction:
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         task = config.model.pretraining_task
         self.config, self.vocab = config, vocab
-        self.masking = config.tokenizer.masking
+        self.masking, self.packing = config.tokenizer.masking, Packing.of(config, vocab)
         self.asks_genes = task != "expression_reconstruction"
         self.asks_values = task != "masked_gene_prediction"
         self.hides_values = self.asks_values or config.tokenizer.strategy == "rank_value"
@@ -116,32 +123,39 @@ class MaskedPrediction:
             seed=batch_seed,
         )
 
-    def __call__(self, model: TransformerEncoder, batch: TrainingBatch) -> ModelOutput:
+    def pack(self, batch: TrainingBatch | PackedBatch, **sizes: Unpack[Sizes]) -> PackedBatch:
+        """The batch as the model takes it; for `sizes` see `batch.pack`."""
+        return pack(batch, self.packing, self.vocab.pad_id, **sizes)
+
+    def __call__(self, model: TransformerEncoder, batch: TrainingBatch | PackedBatch) -> ModelOutput:
         """Mean cross-entropy of the genes and expression loss of the values, over the asked positions."""
-        objective = self.config.model.objective
+        batch, objective = self.pack(batch), self.config.model.objective
         hidden = model(batch.tokens)
-        logits = expression = None
+        asked = batch.genes != self.vocab.pad_id
+        genes = expression = None
         terms: dict[str, LossTerm] = {}
         if self.asks_genes:
-            logits = model.logits(hidden, batch.asked)
-            total = F.cross_entropy(logits.float(), batch.genes, reduction="sum")
-            terms["gene"] = LossTerm(total, len(batch.genes), objective.gene_weight)
+            genes = model.genes_at(hidden, batch.asked)
+            total = genes.cross_entropy(batch.genes, self.vocab.pad_id)
+            terms["gene"] = LossTerm(total, asked.sum(), objective.gene_weight)
         if self.asks_values:
             expression = model.expression(hidden, batch.asked, batch.genes, batch.tokens)
-            terms |= expression_terms(self.config, expression, batch.values)
+            terms |= expression_terms(self.config, expression, batch.values, asked)
         terms |= model.auxiliary_terms(hidden, batch)
-        return ModelOutput(hidden, logits, expression, terms)
+        return ModelOutput(hidden, genes, expression, terms)
 
-    def count(self, output: ModelOutput, batch: TrainingBatch) -> torch.Tensor:
+    def count(self, output: ModelOutput, batch: TrainingBatch | PackedBatch) -> torch.Tensor:
         """float64: the figures named in `sums`."""
-        parts = [term_sums(output, self.terms)]
-        if output.gene_logits is not None:
-            parts.append(gene_sums(output.gene_logits, batch.genes))
+        batch = self.pack(batch)
+        parts, asked = [term_sums(output, self.terms)], slice(batch.n_asked)
+        if output.genes is not None:
+            parts.append(gene_sums(output.genes, batch.genes[asked]))
         if output.expression is not None:
-            predicted = predicted_values(self.config, output.expression)
-            parts.append(value_sums(predicted, batch.values, batch.cell, batch.tokens.n_cells))
+            predicted = predicted_values(self.config, output.expression[asked])
+            values = batch.values[asked]
+            parts.append(value_sums(predicted, values, batch.cell[asked], batch.tokens.n_cells))
             if self.has_bins:
-                parts.append(bin_sums(predicted, batch.values))
+                parts.append(bin_sums(predicted, values))
         return torch.cat(parts)
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:

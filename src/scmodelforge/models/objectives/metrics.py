@@ -7,6 +7,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from scmodelforge.models.gene_prediction import GenePrediction
 from scmodelforge.models.objectives.batch import ModelOutput
 
 GENE_SUMS = ("cross_entropy", "genes", "top1", "top5")
@@ -22,12 +23,15 @@ VALUE_SUMS = (
 BIN_SUMS = ("bin_hits", "bin_near", "bins")
 
 
-def gene_sums(logits: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
-    """float64 (4): `GENE_SUMS` of logits (m, n_tokens) for the true tokens (m)."""
-    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == genes[:, None]
-    cross_entropy = F.cross_entropy(logits.float(), genes, reduction="sum")
-    count = cross_entropy.new_tensor(len(genes))
-    return torch.stack([cross_entropy, count, top5[:, :1].sum(), top5.sum()]).double()
+def gene_sums(prediction: GenePrediction, genes: torch.Tensor) -> torch.Tensor:
+    """float64 (4): `GENE_SUMS` of a prediction (m) for the true tokens (m), some rows of logits at a time."""
+    sums = torch.zeros(4, dtype=torch.float64, device=genes.device)
+    for logits, truth in prediction.chunks(genes):  # what is beyond `genes` was not asked
+        top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]
+        cross_entropy = F.cross_entropy(logits, truth, reduction="sum")
+        count = cross_entropy.new_tensor(len(truth))
+        sums += torch.stack([cross_entropy, count, top5[:, :1].sum(), top5.sum()]).double()
+    return sums
 
 
 def gene_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -97,7 +101,10 @@ def term_sums(output: ModelOutput, names: tuple[str, ...]) -> torch.Tensor:
             part
             for name in names
             for term in [output.terms[name]]
-            for part in (term.total.detach().double(), term.total.new_tensor(term.count).double())
+            for part in (
+                term.total.detach().double(),
+                torch.as_tensor(term.count, device=term.total.device).double(),
+            )
         ]
     )
 

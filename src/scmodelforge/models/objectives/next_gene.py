@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.errors import ConfigError
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.objectives.batch import LossTerm, ModelOutput, TrainingBatch
+from scmodelforge.models.objectives.batch import (
+    LossTerm,
+    ModelOutput,
+    PackedBatch,
+    Sizes,
+    TrainingBatch,
+    pack,
+)
 from scmodelforge.models.objectives.counts import count_nll, count_rates, expected_counts
 from scmodelforge.models.objectives.expression import expression_terms, predicted_values
 from scmodelforge.models.objectives.masked import loss_metrics
@@ -28,6 +34,7 @@ from scmodelforge.models.objectives.metrics import (
     value_sums,
 )
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import Packing
 
 if TYPE_CHECKING:
     from scmodelforge.models.autoregressive import AutoregressiveTransformer
@@ -51,7 +58,7 @@ class NextGene:
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         model, objective = config.model, config.model.objective
         self.config, self.first_gene_token = config, vocab.first_gene_token
-        self.pad_id, self.eos_id = vocab.pad_id, vocab.eos_id
+        self.pad_id, self.eos_id, self.packing = vocab.pad_id, vocab.eos_id, Packing.of(config, vocab)
         self.window = config.tokenizer.max_genes - 1
         self.reference = objective.reference
         if self.reference and vocab.eos_id is None:
@@ -97,59 +104,63 @@ class NextGene:
             seed=batch_seed,
         )
 
-    def answers(self, batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(self, batch: TrainingBatch | PackedBatch, **sizes: Unpack[Sizes]) -> PackedBatch:
+        """The batch as the model takes it; for `sizes` see `batch.pack`."""
+        return pack(batch, self.packing, self.pad_id, **sizes)
+
+    def answers(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The token and the value (m) that count as right at each asked position."""
         if not self.reference:
             return batch.genes, batch.values
         assert self.eos_id is not None
-        is_last = batch.asked % batch.tokens.input_ids.shape[1] == self.window - 1
-        genes = batch.genes.masked_fill(is_last, self.eos_id)
+        is_last = batch.tokens.positions[batch.asked] == self.window - 1
+        genes = batch.genes.masked_fill(is_last & (batch.genes != self.pad_id), self.eos_id)
         return genes, batch.values.masked_fill(is_last, 1.0) if self.asks_counts else batch.values
 
-    def valued(self, batch: TrainingBatch) -> slice | torch.Tensor:
-        """Which of the asked positions are asked for a value: those followed by a gene."""
-        if self.config.tokenizer.append_eos:
-            return batch.genes >= self.first_gene_token
-        return slice(None)
+    def valued(self, batch: PackedBatch) -> torch.Tensor:
+        """Which of the asked positions (bool m) are asked for a value: those followed by a gene."""
+        return batch.genes >= self.first_gene_token
 
-    def __call__(self, model: AutoregressiveTransformer, batch: TrainingBatch) -> ModelOutput:
+    def __call__(self, model: AutoregressiveTransformer, batch: TrainingBatch | PackedBatch) -> ModelOutput:
         """Mean cross-entropy of the next tokens, and expression loss of the values of the genes among them.
 
-        `expression` of the result belongs to those genes: rates (m, 1) of counts, or the outputs of the head.
+        `expression` of the result holds rates (m, 1) of counts, or the outputs of the head.
         """
-        objective = self.config.model.objective
-        genes, values = self.answers(batch)
+        batch, objective = self.pack(batch), self.config.model.objective
+        answers, values = self.answers(batch)
         hidden = model(batch.tokens)
-        logits = expression = None
+        genes = expression = None
         terms: dict[str, LossTerm] = {}
         if self.asks_genes:
-            logits = model.logits(hidden, batch.asked)
-            total = F.cross_entropy(logits.float(), genes, reduction="sum")
-            count = batch.tokens.n_cells * self.window if self.reference else len(genes)
+            genes = model.genes_at(hidden, batch.asked)
+            total = genes.cross_entropy(answers, self.pad_id)
+            count: torch.Tensor | int = (answers != self.pad_id).sum()
+            if self.reference:
+                count = batch.tokens.n_cells * self.window
             terms["gene"] = LossTerm(total, count, objective.gene_weight)
         if self.asks_values:
-            of = self.valued(batch)
-            asked, values = batch.asked[of], values[of]
-            expression = model.expression(hidden, asked, batch.genes[of], batch.tokens)
+            valued = self.valued(batch)
+            expression = model.expression(hidden, batch.asked, batch.genes, batch.tokens)
             if self.asks_counts:
-                shape = batch.tokens.input_ids.shape
-                rates = count_rates(expression[:, 0], batch.values[of], asked, shape)
-                nll = count_nll(rates, values, self.reference)
-                terms["expression"] = LossTerm(nll.sum(), len(values), objective.value_weight)
+                n_cells = batch.tokens.n_cells
+                rates = count_rates(expression[:, 0], batch.values, batch.cell, n_cells, valued)
+                nll = count_nll(rates, values, self.reference).where(valued, 0.0)
+                terms["expression"] = LossTerm(nll.sum(), valued.sum(), objective.value_weight)
                 expression = rates[:, None]
             else:
-                terms |= expression_terms(self.config, expression, values)
-        return ModelOutput(hidden, logits, expression, terms)
+                terms |= expression_terms(self.config, expression, values, valued)
+        return ModelOutput(hidden, genes, expression, terms)
 
-    def count(self, output: ModelOutput, batch: TrainingBatch) -> torch.Tensor:
+    def count(self, output: ModelOutput, batch: TrainingBatch | PackedBatch) -> torch.Tensor:
         """float64: the figures named in `sums`."""
+        batch = self.pack(batch)
         genes, values = self.answers(batch)
         parts = [term_sums(output, self.terms)]
-        if output.gene_logits is not None:
-            parts.append(gene_sums(output.gene_logits, genes))
+        if output.genes is not None:
+            parts.append(gene_sums(output.genes, genes[: batch.n_asked]))
         if output.expression is not None:
             of = self.valued(batch)
-            values, outputs = values[of], output.expression
+            values, outputs = values[of], output.expression[of]
             counts = self.asks_counts
             predicted = expected_counts(outputs[:, 0]) if counts else predicted_values(self.config, outputs)
             parts.append(value_sums(predicted, values, batch.cell[of], batch.tokens.n_cells))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.data.batch import ALL_MEASURED
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.objectives.batch import ModelOutput, TrainingBatch
+from scmodelforge.models.objectives.batch import ModelOutput, PackedBatch, Sizes, TrainingBatch, pack
 from scmodelforge.models.objectives.expression import expression_terms
 from scmodelforge.models.objectives.kernels import ask_genes
 from scmodelforge.models.objectives.masked import MaskedPrediction
@@ -87,12 +87,20 @@ class MaskedReconstruction(MaskedPrediction):
             queries=torch.from_numpy(queries),
         )
 
-    def __call__(self, model: MaskedAutoencoder, batch: TrainingBatch) -> ModelOutput:  # type: ignore[override]
+    def pack(self, batch: TrainingBatch | PackedBatch, **sizes: Unpack[Sizes]) -> PackedBatch:
+        """As in `MaskedPrediction`; the decoder reads no obs columns."""
+        return pack(batch, self.packing, self.vocab.pad_id, obs_in_queries=False, **sizes)
+
+    def __call__(  # type: ignore[override]
+        self, model: MaskedAutoencoder, batch: TrainingBatch | PackedBatch
+    ) -> ModelOutput:
         """Mean expression loss over the asked genes."""
+        batch = self.pack(batch)
         assert batch.queries is not None
         hidden = model(batch.tokens)
-        expression = model.expression(hidden, batch.asked, batch.tokens, batch.queries)
-        terms = expression_terms(self.config, expression, batch.values)
+        expression = model.expression(hidden, batch.tokens, batch.queries)
+        asked = torch.ones_like(batch.genes, dtype=torch.bool)
+        terms = expression_terms(self.config, expression, batch.values, asked)
         if model.auxiliary is not None:
             cells = model.pool(hidden, batch.tokens)
             terms |= model.auxiliary.terms(cells, model.embedding.genes(batch.genes), batch)

@@ -1,0 +1,160 @@
+"""Which gene? Predictions over the whole vocabulary, never held as a whole.
+
+Logits of 5,000 asked positions over 20,000 genes are 400 MB, and their gradient as much again. Here they are made for
+some rows at a time, which stay in the processor's cache, turned into the loss and into the gradients of states and
+output matrix at once, and forgotten (the idea of Wijmans et al. 2024, "Cut your losses", and of Liger's fused linear
+cross-entropy). No operation is done twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+ROWS_ON_CPU = 256  # 20 MB of logits over 20,000 genes
+ROWS_ON_GPU = 4096
+
+
+def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap · tanh(logits / cap), or the logits as they are without a cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@dataclass(frozen=True)
+class GenePrediction:
+    """What a head says about asked positions, before the last matrix.
+
+    Attributes
+    ----------
+    states
+        float (m, width).
+    weight, bias
+        float (n_tokens, width) and (n_tokens): the output matrix.
+    soft_cap
+        See `soft_capped`.
+    """
+
+    states: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    soft_cap: float | None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """All logits at once, float (m, n_tokens)."""
+        return soft_capped(F.linear(self.states, self.weight, self.bias), self.soft_cap)
+
+    def cross_entropy(self, genes: torch.Tensor, ignored: int) -> torch.Tensor:
+        """Sum over the asked positions of −log p(gene), float32; none of those whose gene (int64 m) is `ignored`."""
+        states, weight, bias = self.states, self.weight, self.bias
+        kind = states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            states, weight, bias = states.to(dtype), weight.to(dtype), bias.to(dtype)
+        return linear_cross_entropy(states, weight, bias, genes, ignored, self.soft_cap)
+
+    def chunks(self, genes: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """float32 logits and true genes of some rows at a time, for the first states as there are `genes`."""
+        for rows in row_chunks(self.states[: len(genes)]):
+            part = GenePrediction(self.states[rows], self.weight, self.bias, self.soft_cap)
+            yield part.logits.float(), genes[rows]
+
+
+def row_chunks(states: torch.Tensor) -> list[slice]:
+    """The rows of (m, width) that are looked at together."""
+    step = ROWS_ON_GPU if states.is_cuda else ROWS_ON_CPU
+    return [slice(start, start + step) for start in range(0, len(states), step)]
+
+
+def linear_cross_entropy(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    genes: torch.Tensor,
+    ignored: int,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Sum of the cross-entropies of soft_capped(states · weightᵀ + bias) against `genes`, float32 scalar.
+
+    Parameters
+    ----------
+    states
+        float (m, width).
+    weight, bias
+        float (n_tokens, width) and (n_tokens), of the same dtype.
+    genes
+        int64 (m): the right rows of `weight`; `ignored` adds nothing.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (states, weight, bias)):
+        return _LinearCrossEntropy.apply(states, weight, bias, genes, ignored, soft_cap)
+    return _total_and_gradients(states, weight, bias, genes, ignored, soft_cap, gradients=False)[0]
+
+
+def _total_and_gradients(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    genes: torch.Tensor,
+    ignored: int,
+    soft_cap: float | None,
+    gradients: bool,
+) -> tuple[torch.Tensor, ...]:
+    total = torch.zeros((), device=states.device)
+    of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=torch.float32)
+    of_bias = torch.zeros_like(bias, dtype=torch.float32)
+    for rows in row_chunks(states):
+        logits = torch.addmm(bias, states[rows], weight.T)
+        slope = None
+        if soft_cap is not None:
+            squashed = torch.tanh(logits / soft_cap)
+            logits, slope = soft_cap * squashed, 1 - squashed.square()
+        log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+        counted = (genes[rows] != ignored).float()[:, None]
+        right = genes[rows][:, None]
+        total = total - (log_p.gather(1, right) * counted).sum()
+        if not gradients:
+            continue
+        of_logits = log_p.exp_()  # softmax, then minus one at the right gene
+        of_logits.scatter_add_(1, right, torch.full_like(counted, -1.0))
+        of_logits *= counted
+        of_logits = of_logits.to(states.dtype) if slope is None else (of_logits * slope).to(states.dtype)
+        of_states[rows] = of_logits @ weight
+        of_weight += of_logits.T @ states[rows]
+        of_bias += of_logits.sum(dim=0, dtype=torch.float32)
+    return total, of_states, of_weight, of_bias
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed beside the loss, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        genes: torch.Tensor,
+        ignored: int,
+        soft_cap: float | None,
+    ) -> torch.Tensor:
+        total, *gradients = _total_and_gradients(states, weight, bias, genes, ignored, soft_cap, True)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *factors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_states, of_weight, of_bias = ctx.saved_tensors
+        factor = factors[0]
+        return (
+            of_states * factor.to(of_states.dtype),
+            (of_weight * factor).to(ctx.dtype),
+            (of_bias * factor).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
