@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -22,6 +22,8 @@ def is_first_process() -> bool:
 
 
 def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:
+    if result.performance and is_first_process():
+        print(speed_line(result.performance))
     if result.interrupted:
         sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
         last = shlex.quote(str(result.checkpoint_dir / "last.ckpt"))
@@ -39,6 +41,22 @@ def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> No
     print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
     print(f"Model folder:    {result.run_dir / 'model'}")
     print(f"Run folder:      {result.run_dir}")
+
+
+def speed_line(figures: dict[str, Any]) -> str:
+    """Figures of a run in one line; what they are is in docs/performance.md."""
+    parts = [
+        f"{figures['cells_per_second']:,.0f} cells/s",
+        f"{figures['tokens_per_second']:,.0f} tokens/s",
+        f"padding {figures['padding_share']:.1%}",
+        f"waiting for data {figures['data_wait_share']:.1%}",
+    ]
+    if "mfu" in figures:
+        peak = figures["matmul_flops_per_second"] / 1e12
+        parts.append(f"MFU {figures['mfu']:.1%} of {peak:,.0f} TFLOP/s (measured)")
+    parts.append(f"peak memory {figures['peak_memory_gib']:.2f} GiB")
+    parts.append(f"first step after {figures['first_step_seconds']:.1f} s")
+    return "Speed: " + ", ".join(parts)
 
 
 def print_results(results: list[BenchmarkResult]) -> None:

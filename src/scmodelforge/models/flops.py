@@ -5,9 +5,9 @@ blocks of width d and feed-forward width f, and m asked positions over a vocabul
 
     2·S·L·(4d² + 2·d·f)  +  4·P·L·d  +  m · (2·d·V + the small layers of the heads)
 
-Real tokens are counted, never padding, and of the generated genes of scGPT only the pairs that are read. Norms, softmax,
-activations, look-ups and losses are left out: below 1 % in any model of a useful size. Training is three times the forward
-pass (each product is differentiated in both of its factors); activations that are computed twice are not counted twice.
+Real tokens are counted, never padding, and of the generated genes of scGPT only the pairs that are read. Norms,
+softmax, activations, look-ups and losses are left out: below 1 % in any model of a useful size. Training is three times
+the forward pass (each product is differentiated in both of its factors); what is computed twice to save memory counts once.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from scmodelforge.training.setup import (
     n_processes,
     write_provenance,
 )
+from scmodelforge.training.throughput import throughput_of
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class RunResult:
         The last logged figures.
     interrupted
         Whether it was stopped by a signal before its end.
+    performance
+        Rates, shares, memory and time to the first step, as in run.json; empty if nothing was trained.
     """
 
     run_dir: Path
@@ -90,6 +93,7 @@ class RunResult:
     model: ModelBundle
     metrics: dict[str, float]
     interrupted: bool = False
+    performance: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -278,16 +282,17 @@ def fit(
     if not metrics and not interrupted:
         log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
         metrics = _last_figures(trainer)
+    performance = throughput_of(trainer).performance(trainer)
     if trainer.is_global_zero:
         facts = {"data": prepared.facts, "notes": notes, "metrics": metrics, "interrupted": interrupted}
-        write_provenance(folders, bundle.config, facts)
+        write_provenance(folders, bundle.config, facts | {"performance": performance})
     if interrupted:
-        return RunResult(folders.run, folders.checkpoints, bundle, metrics, interrupted=True)
+        return RunResult(folders.run, folders.checkpoints, bundle, metrics, True, performance)
     trainer.strategy.barrier("run is written")
     best = load_model(folders.best if folders.best.exists() else folders.last)
     if trainer.is_global_zero:
         save_bundle(best, folders.run / "model", f"Best validation: {_best(trainer)}")
-    return RunResult(folders.run, folders.checkpoints, best, metrics)
+    return RunResult(folders.run, folders.checkpoints, best, metrics, performance=performance)
 
 
 def _wait_seconds(trainer: Trainer) -> float:

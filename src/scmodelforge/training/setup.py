@@ -34,8 +34,8 @@ from scmodelforge.training.callbacks import (
     MetricsFile,
     ProgressBar,
     ProgressLines,
-    Throughput,
 )
+from scmodelforge.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
