@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def is_first_process() -> bool:
-    """Whether this is the one of the processes of a run (torchrun, Lightning's DDP) that speaks for all."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    """Whether this is the one of the processes of a run (torchrun, Lightning's DDP, srun) that speaks for all."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
 def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> None:

@@ -7,7 +7,8 @@ blocks of width d and feed-forward width f, and m asked positions over a vocabul
 
 Real tokens are counted, never padding, and of the generated genes of scGPT only the pairs that are read. Norms,
 softmax, activations, look-ups and losses are left out: below 1 % in any model of a useful size. Training is three times
-the forward pass (each product is differentiated in both of its factors); what is computed twice to save memory counts once.
+the forward pass (each product is differentiated in both of its factors); what is computed twice to save memory counts
+once.
 """
 
 from __future__ import annotations

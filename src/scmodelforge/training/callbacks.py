@@ -25,6 +25,7 @@ from scmodelforge.models.bundle import read_checkpoint
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WRITES = 10.0  # of metrics.csv
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -89,10 +90,11 @@ class Interrupted(Exception):
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` after each epoch, every `every_n_steps` steps, and when Ctrl-C or SIGTERM asks to stop.
+    """Writes `last.ckpt` after each epoch, every `every_n_steps` steps, and when a signal asks to stop.
 
-    A signal is obeyed between two optimizer steps, so what is saved is a whole step; a second Ctrl-C stops
-    at once. It is a `Checkpoint`, so it runs after `BestCheckpoint`, whose state it has to hold.
+    Ctrl-C, SIGTERM and SIGUSR1 (Slurm's, before the time is up) are obeyed between two optimizer steps, so what is
+    saved is a whole step; a second Ctrl-C stops at once. It is a `Checkpoint`, so it runs after `BestCheckpoint`, whose
+    state it has to hold.
     """
 
     def __init__(self, path: Path, every_n_steps: int | None) -> None:
@@ -102,14 +104,18 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
+        if signum != signal.SIGINT:
+            if not self.stop_requested:
+                log.warning("%s: stopping after this step.", signal.Signals(signum).name)
+        elif self.stop_requested:
             raise KeyboardInterrupt
+        else:
+            log.warning("Stopping after this step; press Ctrl-C again to stop at once without saving.")
         self.stop_requested = True
-        log.warning("Stopping after this step; press Ctrl-C again to stop at once without saving.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in STOP_SIGNALS:
                 self._handlers[signum] = signal.signal(signum, self._request_stop)
         except ValueError:  # signals can be handled in the main thread only
             log.info("Not in the main thread: Ctrl-C will not save a checkpoint.")
