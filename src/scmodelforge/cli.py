@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import scmodelforge
-from scmodelforge.cli_output import finish_run, print_results, set_up_messages
+from scmodelforge.cli_output import finish_run, print_plan, print_results, set_up_messages
 from scmodelforge.errors import UserError
 
 app = typer.Typer(
@@ -102,6 +102,18 @@ def finetune(
     paths = [shlex.quote(str(path)) for path in (config, checkpoint)]
     again = f"scmodelforge finetune --config {paths[0]} --checkpoint {paths[1]}"
     finish_run(run(settings, checkpoint, resume=resume), again, set_)
+
+
+@app.command()
+def plan(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Say what training on the cells of a config will cost, from some real steps; nothing is written."""
+    from scmodelforge.config_io import load_config
+
+    sections = (*MODEL_SECTIONS, "training")
+    settings = load_config(_needed(config, "plan"), set_ or [], sections, require_data=True)
+    from scmodelforge.training.plan import plan as run
+
+    print_plan(run(settings))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import sys
@@ -13,7 +14,10 @@ import typer
 
 if TYPE_CHECKING:
     from scmodelforge.evaluation.harness import BenchmarkResult
+    from scmodelforge.training.plan import Plan
     from scmodelforge.training.run import RunResult
+
+TOKEN_BUDGETS = (8_192, 32_768, 131_072)  # for which `plan` tells the memory
 
 
 def is_first_process() -> bool:
@@ -84,6 +88,61 @@ def print_results(results: list[BenchmarkResult]) -> None:
         facts = {key: value for key, value in rows[0].metrics.items() if not isinstance(value, float)}
         table.caption = ", ".join(f"{key} {value}" for key, value in facts.items())
         Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_plan(plan: Plan) -> None:
+    """What a run will cost, as a table."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "", show_header=False)
+    for name, value in {
+        "parameters": f"{plan.parameters:,}",
+        f"tokens of a cell ({len(plan.tokens):,} sampled)": f"mean {plan.tokens.mean():,.0f}, "
+        f"median {np.median(plan.tokens):,.0f}, max {plan.tokens.max():,}",
+        "steps": f"{plan.optimizer_steps:,} ({plan.steps_per_epoch:,} batches an epoch"
+        + (f", {plan.processes} processes)" if plan.processes > 1 else ")"),
+        "FLOPs": f"{_si(plan.flops_per_cell)} a cell, {_si(plan.flops_per_epoch)} an epoch",
+        "memory: weights, gradients, optimizer": _bytes(plan.fixed_bytes),
+        f"memory: a batch of {plan.batch_tokens:,} tokens": f"{_bytes(plan.batch_bytes)} by formula"
+        + ("" if plan.batch_bytes_measured is None else f", {_bytes(plan.batch_bytes_measured)} measured"),
+        **{
+            f"memory: all, {budget:,} tokens a batch": _bytes(
+                plan.fixed_bytes + budget * plan.bytes_per_token
+            )
+            for budget in TOKEN_BUDGETS
+        },
+        "memory: free on this machine": _bytes(plan.available_bytes),
+    }.items():
+        table.add_row(name, value)
+    if plan.seconds is not None:
+        figures = plan.performance
+        table.add_row("measured steps", f"{figures['steps']} of {figures['seconds_per_step']:.3g} s")
+        table.add_row(
+            "speed of one process", speed_line(figures).removeprefix("Speed: ").partition(", first")[0]
+        )
+        table.add_row("time to finish", _duration(plan.seconds))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _si(number: float) -> str:
+    """A number with the prefix of its thousands, e.g. 3.2 G."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    power = min(int(math.log10(max(number, 1)) // 3), len(prefixes) - 1)
+    return f"{number / 1000**power:.3g} {prefixes[power]}FLOP"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**30 / 10 else f"{number / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 class _MessageFormat(logging.Formatter):

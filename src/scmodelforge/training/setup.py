@@ -83,6 +83,17 @@ def check_environment(training: TrainingConfig) -> None:
         raise ConfigError(
             "training.precision 16-mixed needs a GPU, and none is used here. Use bf16-mixed or 32-true."
         )
+    if training.precision == "bf16-mixed" and accelerator(training)[0] == "cpu" and not bf16_on_cpu():
+        log.warning(
+            "training.precision is bf16-mixed, and this processor computes bfloat16 by detours (it has neither "
+            "AVX512-BF16 nor AMX): 32-true is faster here."
+        )
+
+
+def bf16_on_cpu() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware: AVX512-BF16, AMX or Arm's bf16."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def accelerator(training: TrainingConfig) -> tuple[str, int]:
@@ -182,7 +193,7 @@ def build_trainer(
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
     """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
-    _quiet_lightning()
+    quiet_lightning()
     kind, count = accelerator(training)
     if training.num_gpus and (kind, count) != ("gpu", training.num_gpus) and started_processes() is None:
         found = f"{count} GPU{'s' * (count > 1)}" if kind == "gpu" else "the CPU"
@@ -217,7 +228,7 @@ def build_trainer(
     )
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Leave out notices of Lightning that repeat ours or concern nobody."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
