@@ -91,8 +91,8 @@ def check_environment(training: TrainingConfig) -> None:
 
 
 def bf16_on_cpu() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware: AVX512-BF16, AMX or Arm's bf16."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    """Whether this processor multiplies bfloat16 matrices in hardware: AVX512-BF16 or AMX."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which early versions of torch lack
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
