@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import scmodelforge
-from scmodelforge.cli_output import finish_run, print_results, set_up_messages
+from scmodelforge.cli_output import finish_run, print_plan, print_results, set_up_messages
 from scmodelforge.errors import UserError
 
 app = typer.Typer(
@@ -102,6 +102,57 @@ def finetune(
     paths = [shlex.quote(str(path)) for path in (config, checkpoint)]
     again = f"scmodelforge finetune --config {paths[0]} --checkpoint {paths[1]}"
     finish_run(run(settings, checkpoint, resume=resume), again, set_)
+
+
+@app.command()
+def plan(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Say what training on the cells of a config will cost, from some real steps; nothing is written."""
+    from scmodelforge.config_io import load_config
+
+    sections = (*MODEL_SECTIONS, "training")
+    settings = load_config(_needed(config, "plan"), set_ or [], sections, require_data=True)
+    from scmodelforge.training.plan import plan as run
+
+    print_plan(run(settings))
+
+
+@app.command()
+def slurm(
+    config: ConfigOption = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=0, help="GPUs of each machine; default: training.num_gpus, or 1."),
+    ] = None,
+    cpus: Annotated[
+        int | None,
+        typer.Option("--cpus", min=1, help="CPU cores of each process; default: loader_threads + 2."),
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option("--time", help="Time limit of one turn, e.g. 12:00:00 or 2-12.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option("--partition", help="Partition of the cluster.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="The script to write.")] = Path("job.sbatch"),
+    set_: SetOption = None,
+) -> None:
+    """Write a batch script for Slurm that trains, saves before its time is up, and goes on in its next turn."""
+    from scmodelforge.config_io import load_config
+
+    file = _needed(config, "slurm")
+    settings = load_config(file, set_ or [], (*MODEL_SECTIONS, "training"), require_data=True)
+    from scmodelforge.files import write_text
+    from scmodelforge.training.slurm import slurm_script
+
+    if output.exists():
+        raise UserError(f"'{output}' exists already. Choose another name with --output.")
+    sizes = {"nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "partition": partition}
+    script = slurm_script(settings.training, file, overrides=set_ or [], folder=Path.cwd(), **sizes)  # type: ignore[arg-type]
+    write_text(output, script)
+    if settings.training.checkpoint_every_n_steps is None:
+        log.info(
+            "A machine that fails loses the epoch under way; training.checkpoint_every_n_steps saves more often."
+        )
+    print(f"{output} is ready; submit it with: sbatch {output}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from anndata import AnnData
 
 import scmodelforge
 from scmodelforge.config_io import load_config
-from tests.journeys.command import call, checkpoint, done, files_below, sets
+from tests.journeys.command import call, checkpoint, done, files_below, refused, sets
 
 TINY = sets(
     model__hidden_dim=16,
@@ -41,6 +41,8 @@ def test_help_loads_neither_torch_nor_scanpy() -> None:
     assert answer.stdout.endswith("set()\n")
     for command in (
         "train",
+        "plan",
+        "slurm",
         "finetune",
         "benchmark",
         "embed",
@@ -54,7 +56,7 @@ def test_help_loads_neither_torch_nor_scanpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "finetune", "benchmark", "embed", "annotate", "check", "tokens"]
+    "command", ["train", "plan", "slurm", "finetune", "benchmark", "embed", "annotate", "check", "tokens"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     text = done(command, "--help").out
@@ -77,6 +79,38 @@ def test_a_run_folder_holds_what_is_needed(trained: Path) -> None:
     record = json.loads((trained / "run.json").read_text())
     assert record["metrics"]["val_loss"] > 0
     assert not record["interrupted"]
+
+
+def test_a_run_tells_its_speed(config: Path, tmp_path: Path) -> None:
+    answer = done(
+        "train", "--config", config, *sets(training__run_dir=tmp_path / "run", training__max_epochs=1)
+    )
+    (line,) = (line for line in answer.out.splitlines() if line.startswith("Speed: "))
+    for words in ("cells/s", "tokens/s", "padding", "waiting for data", "peak memory", "first step after"):
+        assert words in line
+    assert json.loads((tmp_path / "run/run.json").read_text())["performance"]["cells_per_second"] > 0
+
+
+def test_plan_says_what_training_will_cost(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = done("plan", "--config", config, *sets(training__run_dir=tmp_path / "planned"))
+    for words in ("parameters", "tokens of a cell (630 sampled)", "max 48", "FLOP a cell", "time to finish"):
+        assert words in answer.out
+    assert files_below(tmp_path) == []
+
+
+def test_slurm_writes_a_script_for_the_config(
+    config: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = done("slurm", "--config", config, "--time", "30", *sets(training__max_epochs=7))
+    assert answer.out == "job.sbatch is ready; submit it with: sbatch job.sbatch\n"
+    script = (tmp_path / "job.sbatch").read_text()
+    assert f"train --config {config} --set training.max_epochs=7" in script
+    assert f"last={folder / 'trained/checkpoints/last.ckpt'}" in script
+    refused("slurm", "--config", config, "--time", "soon", "--output", "b", words=("--time is 'soon'",))
 
 
 def test_embed_writes_a_copy_and_leaves_the_input(trained: Path, cells: Path, tmp_path: Path) -> None:

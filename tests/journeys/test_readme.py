@@ -44,8 +44,10 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
             "check",
             "tokens",
             "init",
+            "plan",
             "train",
             "train",
+            "slurm",
             "benchmark",
             "finetune",
             "finetune",
@@ -54,7 +56,7 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
         )
     ]
     for arguments in commands:
-        if arguments[0] == "train":
+        if arguments[0] in ("plan", "train"):
             arguments += SMALL
         if arguments[0] == "finetune":
             _without_sizes(Path("my.yaml"))
@@ -66,6 +68,7 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
     assert annotated.obs["scmodelforge_cell_type_probability"].between(0, 1).all()
     assert embedded.obsm["X_scmodelforge"].shape == (700, 16)
     assert Path("results/metrics.json").exists()
+    subprocess.run(["bash", "-n", "my.sbatch"], check=True)
     _large_data_of_the_readme()
     said = README.partition("## What a run leaves behind")[2]
     for name in re.findall(r"^  (\S+)\s{2,}", said.partition("```\n\n")[0], flags=re.MULTILINE):

@@ -41,6 +41,8 @@ def test_metrics_have_every_figure(run: RunResult) -> None:
         "cells_per_second",
         "tokens_per_second",
         "data_wait_share",
+        "padding_share",
+        "peak_memory_gib",
         "grad_norm",
         "learning_rate",
     ):

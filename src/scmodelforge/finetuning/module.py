@@ -10,6 +10,7 @@ from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from scmodelforge.models.bundle import Labels, ModelBundle
+from scmodelforge.models.flops import TRAINING_OVER_FORWARD, encoding_flops
 from scmodelforge.tokenizers.batch import DeviceBatch, TokenBatch
 from scmodelforge.training.module import TrainingModule
 from scmodelforge.training.optim import parameter_groups
@@ -75,6 +76,11 @@ class FinetuningModule(TrainingModule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             embedding = self.model.encode(tokens)
         return self.head(embedding)
+
+    def flops(self, batch: LabelledBatch) -> torch.Tensor:
+        """Of the backbone; the head is nothing beside it. Adapters spare the gradients of the weights."""
+        passes = 1 if self.frozen else 2 if self.finetune.lora.enabled else TRAINING_OVER_FORWARD
+        return passes * encoding_flops(self.model, batch.tokens.lengths.double())
 
     def _update_frozen(self) -> None:
         head_only_epochs = self.finetune.freeze_backbone_epochs

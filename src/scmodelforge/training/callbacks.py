@@ -1,4 +1,4 @@
-"""What happens beside the steps: checkpoints, interruption, throughput, progress lines, metrics.csv."""
+"""What happens beside the steps: checkpoints, interruption, progress lines, metrics.csv."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +25,7 @@ from scmodelforge.models.bundle import read_checkpoint
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WRITES = 10.0  # of metrics.csv
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -90,10 +90,11 @@ class Interrupted(Exception):
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` after each epoch, every `every_n_steps` steps, and when Ctrl-C or SIGTERM asks to stop.
+    """Writes `last.ckpt` after each epoch, every `every_n_steps` steps, and when a signal asks to stop.
 
-    A signal is obeyed between two optimizer steps, so what is saved is a whole step; a second Ctrl-C stops
-    at once. It is a `Checkpoint`, so it runs after `BestCheckpoint`, whose state it has to hold.
+    Ctrl-C, SIGTERM and SIGUSR1 (Slurm's, before the time is up) are obeyed between two optimizer steps, so what is
+    saved is a whole step; a second Ctrl-C stops at once. It is a `Checkpoint`, so it runs after `BestCheckpoint`, whose
+    state it has to hold.
     """
 
     def __init__(self, path: Path, every_n_steps: int | None) -> None:
@@ -103,14 +104,18 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
+        if signum != signal.SIGINT:
+            if not self.stop_requested:
+                log.warning("%s: stopping after this step.", signal.Signals(signum).name)
+        elif self.stop_requested:
             raise KeyboardInterrupt
+        else:
+            log.warning("Stopping after this step; press Ctrl-C again to stop at once without saving.")
         self.stop_requested = True
-        log.warning("Stopping after this step; press Ctrl-C again to stop at once without saving.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in STOP_SIGNALS:
                 self._handlers[signum] = signal.signal(signum, self._request_stop)
         except ValueError:  # signals can be handled in the main thread only
             log.info("Not in the main thread: Ctrl-C will not save a checkpoint.")
@@ -142,56 +147,6 @@ class LastCheckpoint(Checkpoint):
                 logger.write()  # figures and checkpoint end at the same step
         if self.stop_requested:
             raise Interrupted
-
-
-class Throughput(Callback):
-    """Logs cells/s, tokens/s, the share of time spent waiting for data, and the gradient norm."""
-
-    def __init__(self, wait_seconds: Callable[[], float], every_n_steps: int) -> None:
-        self.wait_seconds = wait_seconds
-        self.every_n_steps = every_n_steps
-
-    def _start(self) -> None:
-        self.started, self.waited = time.perf_counter(), self.wait_seconds()
-        self.cells, self.tokens, self.steps = 0, 0, 0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start()  # a run that resumes within an epoch has no epoch start
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.cells += batch.tokens.n_cells
-        self.tokens += batch.n_tokens
-        self.steps += 1
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        due = trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch
-        if not (stepped and due):
-            return
-        seconds = time.perf_counter() - self.started
-        pl_module.log_dict(
-            {
-                "cells_per_second": self.cells * trainer.world_size / seconds,
-                "tokens_per_second": self.tokens * trainer.world_size / seconds,
-                "seconds_per_step": seconds / self.steps,
-                "data_wait_share": (self.wait_seconds() - self.waited) / seconds,
-                "grad_norm": float(pl_module.gradient_norm),  # type: ignore[arg-type]
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            },
-            batch_size=1,
-            rank_zero_only=True,
-        )
-        pl_module.log(
-            "cells/s", self.cells * trainer.world_size / seconds, prog_bar=True, logger=False, batch_size=1
-        )
-        self._start()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._start()
 
 
 class ProgressBar(RichProgressBar):

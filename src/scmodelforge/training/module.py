@@ -10,6 +10,7 @@ from torch import nn
 
 from scmodelforge.config import TrainingConfig
 from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
+from scmodelforge.models.flops import training_flops
 from scmodelforge.models.objectives.batch import Objective, TrainingBatch
 from scmodelforge.training.optim import (
     build_optimizer,
@@ -65,6 +66,10 @@ class TrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.description
 
+    def flops(self, batch: Any) -> torch.Tensor:
+        """FLOPs of a training step, float64 on the device of the batch (see `models/flops.py`)."""
+        raise NotImplementedError
+
     def log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
         """Log figures that are already reduced over ranks, as PREFIX_NAME."""
         for name, value in metrics.items():
@@ -89,6 +94,11 @@ class PretrainingModule(TrainingModule):
             for name, term in output.losses.items():
                 self.log(f"train_{name}_loss", term.detach(), batch_size=1)
         return loss
+
+    def flops(self, batch: TrainingBatch) -> torch.Tensor:
+        lengths = batch.tokens.lengths.double()
+        asked = torch.zeros_like(lengths).index_add_(0, batch.cell, torch.ones_like(batch.cell).double())
+        return training_flops(self.model, lengths, asked)
 
     def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         self.sums += self.task.count(self.task(self.model, batch), batch)

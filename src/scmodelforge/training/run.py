@@ -1,9 +1,9 @@
-"""Pretraining, from top to bottom: check, data, model, fit, what is left behind."""
+"""Pretraining, from top to bottom: check, set up, fit, what is left behind."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,12 @@ from lightning import Trainer
 from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
-from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.module import CellDataModule, training_order
-from scmodelforge.errors import ConfigError, ModelError
+from scmodelforge.errors import ModelError
 from scmodelforge.files import atomic_path
-from scmodelforge.genes.embeddings import read_gene_embeddings
-from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
     ModelBundle,
-    build_model,
     config_of,
     load_model,
     read_checkpoint,
@@ -32,13 +27,10 @@ from scmodelforge.models.bundle import (
     with_gene_width_of,
     with_model_of,
 )
-from scmodelforge.models.embeddings import ExternalGenes
-from scmodelforge.models.objectives import build_objective
-from scmodelforge.models.objectives.batch import TrainingBatch
-from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
-from scmodelforge.training.data import TrainingData, prepare_data, prepare_given
-from scmodelforge.training.module import PretrainingModule, TrainingModule
+from scmodelforge.training.data import TrainingData
+from scmodelforge.training.module import TrainingModule
+from scmodelforge.training.pretraining import given_model, set_up
 from scmodelforge.training.setup import (
     RunFolders,
     build_trainer,
@@ -49,6 +41,7 @@ from scmodelforge.training.setup import (
     n_processes,
     write_provenance,
 )
+from scmodelforge.training.throughput import throughput_of
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +76,8 @@ class RunResult:
         The last logged figures.
     interrupted
         Whether it was stopped by a signal before its end.
+    performance
+        Rates, shares, memory and time to the first step, as in run.json; empty if nothing was trained.
     """
 
     run_dir: Path
@@ -90,6 +85,7 @@ class RunResult:
     model: ModelBundle
     metrics: dict[str, float]
     interrupted: bool = False
+    performance: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -121,96 +117,27 @@ def train(
     with collected_notes() as notes:
         check_environment(config.training)
         say_idle_keys(config)
-        given = _given_model(config, checkpoint, resume)
+        given = given_model(config, checkpoint, resume)
         if given is not None:
             config = with_model_of(config, given, str(checkpoint))
         resumed = read_resumable(config, resume, fine_tuned=False) if resume else None
         plain = resumed[CHECKPOINT_KEY] if resumed else None
         folders = choose_folders(config.training, plain)
-        if given is not None:
-            given, prepared = prepare_given(config, data, given)
-        else:
-            prepared = prepare_data(config, data, GeneVocab.from_plain(plain["vocab"]) if plain else None)
+        run = set_up(config, data, given, resumed, str(resume))
         if plain:
-            check_same_cells(prepared, plain, str(resume))
-
-        if given is not None:
-            model = given.model.train()
-        else:
-            config, model = _start(config, prepared.vocab, resumed, str(resume))
-        bundle = ModelBundle(config, prepared.vocab, model)
-        tokenizer = build_tokenizer(config, prepared.vocab)
-        task = build_objective(config, prepared.vocab)
-
-        def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> TrainingBatch:
-            seed = config.training.seed
-            return task.corrupt(tokenizer(cells, seed, epoch), seed, epoch, batch_seed)
-
-        module = PretrainingModule(bundle, config.training, task)
-        _announce(bundle, prepared)
+            check_same_cells(run.prepared, plain, str(resume))
+        run.announce()
         return fit(
-            module,
-            bundle,
-            prepared,
-            make_batch,
+            run.module,
+            run.bundle,
+            run.prepared,
+            run.make_batch,
             folders,
             monitor="val_loss",
             resume=resume,
             checkpoint=resumed,
             notes=notes,
         )
-
-
-def _given_model(
-    config: Config, checkpoint: str | Path | None, resume: str | Path | None
-) -> ModelBundle | None:
-    """The model that training starts from, if there is one."""
-    if checkpoint is None:
-        if config.data.extend_vocab is not None and resume is None:
-            raise ConfigError(
-                "data.extend_vocab adds genes to a model that training starts from, and none is given (--checkpoint)."
-                "\nA new model takes its genes from data.gene_vocab; from_data is all genes of the data."
-            )
-        return None
-    given = load_model(checkpoint)
-    if given.labels is not None:
-        log.info("The head that predicts '%s' stays behind: pretraining has no use for it.", given.labels.key)
-    return given
-
-
-def _start(
-    config: Config, vocab: GeneVocab, checkpoint: dict[str, Any] | None, where: str
-) -> tuple[Config, CellTransformer]:
-    """The model before its first step, with given gene vectors if any; and the config with their width.
-
-    A resumed run takes the vectors from its checkpoint, with all other weights.
-    """
-    seed = config.training.seed
-    if checkpoint is not None:
-        config = with_gene_width_of(config, config_of(checkpoint, where))
-        return config, build_model(config, vocab, seed)
-    settings = config.model
-    if settings.gene_embeddings is None:
-        if settings.gene_embedding_dim is not None and not settings.train_gene_embeddings:
-            raise ConfigError(
-                "model.gene_embedding_dim asks for given gene vectors, but model.gene_embeddings names no file.\n"
-                "Name one, set model.train_gene_embeddings: true to learn such vectors, or "
-                "model.gene_embedding_dim: null to learn gene embeddings of the model's own width."
-            )
-        return config, build_model(config, vocab, seed)
-    vectors, _ = read_gene_embeddings(settings.gene_embeddings, vocab)
-    width = vectors.shape[1]
-    if settings.gene_embedding_dim not in (None, width):
-        raise ConfigError(
-            f"model.gene_embedding_dim is {settings.gene_embedding_dim}, but the vectors in "
-            f"'{settings.gene_embeddings}' have {width} numbers. Leave the key out, or use another file."
-        )
-    config = config.model_copy(update={"model": settings.model_copy(update={"gene_embedding_dim": width})})
-    model = build_model(config, vocab, seed)
-    genes = model.embedding.tokens
-    assert isinstance(genes, ExternalGenes)
-    genes.load_vectors(torch.from_numpy(vectors))
-    return config, model
 
 
 def fit(
@@ -278,16 +205,17 @@ def fit(
     if not metrics and not interrupted:
         log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
         metrics = _last_figures(trainer)
+    performance = throughput_of(trainer).performance(trainer)
     if trainer.is_global_zero:
         facts = {"data": prepared.facts, "notes": notes, "metrics": metrics, "interrupted": interrupted}
-        write_provenance(folders, bundle.config, facts)
+        write_provenance(folders, bundle.config, facts | {"performance": performance})
     if interrupted:
-        return RunResult(folders.run, folders.checkpoints, bundle, metrics, interrupted=True)
+        return RunResult(folders.run, folders.checkpoints, bundle, metrics, True, performance)
     trainer.strategy.barrier("run is written")
     best = load_model(folders.best if folders.best.exists() else folders.last)
     if trainer.is_global_zero:
         save_bundle(best, folders.run / "model", f"Best validation: {_best(trainer)}")
-    return RunResult(folders.run, folders.checkpoints, best, metrics)
+    return RunResult(folders.run, folders.checkpoints, best, metrics, performance=performance)
 
 
 def _wait_seconds(trainer: Trainer) -> float:
@@ -298,18 +226,6 @@ def _best(trainer: Trainer) -> str:
     callback = trainer.checkpoint_callback
     score = getattr(callback, "best_model_score", None)
     return f"{callback.monitor} {float(score):.4f}" if score is not None else "none"  # type: ignore[union-attr]
-
-
-def _announce(bundle: ModelBundle, prepared: TrainingData) -> None:
-    for line in prepared.store.describe():
-        log.info(line)
-    log.info(
-        "%s training and %s validation cells, %s genes, %s parameters.",
-        f"{len(prepared.train_rows):,}",
-        f"{len(prepared.val_rows):,}",
-        f"{bundle.vocab.n_genes:,}",
-        f"{bundle.n_parameters:,}",
-    )
 
 
 def _last_figures(trainer: Trainer) -> dict[str, float]:

@@ -34,8 +34,14 @@ from scmodelforge.training.callbacks import (
     MetricsFile,
     ProgressBar,
     ProgressLines,
-    Throughput,
 )
+from scmodelforge.training.processes import (
+    cluster_environment,
+    n_machines,
+    started_by_torchrun,
+    started_processes,
+)
+from scmodelforge.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -77,38 +83,43 @@ def check_environment(training: TrainingConfig) -> None:
         raise ConfigError(
             "training.precision 16-mixed needs a GPU, and none is used here. Use bf16-mixed or 32-true."
         )
+    if training.precision == "bf16-mixed" and accelerator(training)[0] == "cpu" and not bf16_on_cpu():
+        log.warning(
+            "training.precision is bf16-mixed, and this processor computes bfloat16 by detours (it has neither "
+            "AVX512-BF16 nor AMX): 32-true is faster here."
+        )
+
+
+def bf16_on_cpu() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware: AVX512-BF16 or AMX."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which early versions of torch lack
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def accelerator(training: TrainingConfig) -> tuple[str, int]:
     """What to train on, on this machine: ("gpu", how many) or ("cpu", how many processes).
 
-    Processes that torchrun started are taken as they are; without it a CPU runs one.
+    Processes that torchrun or srun started are taken as they are; without them a CPU runs one.
     """
     available = torch.cuda.device_count()
     wanted = available if training.num_gpus is None else training.num_gpus
     used = min(wanted, available)
     kind = "gpu" if used else "cpu"
-    if not started_by_torchrun():
+    started = started_processes()
+    if started is None:
         return kind, used or 1
-    processes = int(os.environ["LOCAL_WORLD_SIZE"])
-    if kind == "gpu" and processes > used:
-        raise ConfigError(
-            f"torchrun started {processes} processes on a machine with {used} GPUs to use (training.num_gpus: "
-            f"{training.num_gpus}). Start one for each: --nproc-per-node {used}."
+    if kind == "gpu" and started.per_machine > used:
+        remedy = (
+            f"Start one for each: --nproc-per-node {used}."
+            if started.by == "torchrun"
+            else f"Start one for each (--ntasks-per-node={used}), and give the GPUs to all processes of a machine "
+            "(--gpus-per-node, not --gpus-per-task)."
         )
-    return kind, processes
-
-
-def started_by_torchrun() -> bool:
-    """Whether torchrun started this process, as one of several or alone."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_WORLD_SIZE" in os.environ
-
-
-def n_machines() -> int:
-    """Machines that train together, as torchrun says."""
-    if not started_by_torchrun():
-        return 1
-    return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        raise ConfigError(
+            f"{started.by} started {started.per_machine} processes on a machine with {used} GPUs to use "
+            f"(training.num_gpus: {training.num_gpus}). {remedy}"
+        )
+    return kind, started.per_machine
 
 
 def n_processes(training: TrainingConfig) -> int:
@@ -130,7 +141,7 @@ def choose_folders(training: TrainingConfig, resume: dict[str, Any] | None) -> R
 
 
 def _new_run_name() -> str:
-    """runs/DATE-TIME, the same for all processes that Lightning starts for one run; of torchrun's, runs/ITS-ID."""
+    """runs/DATE-TIME, the same for all processes that Lightning starts; of torchrun's and srun's, runs/THEIR-ID."""
     if started_by_torchrun():
         name = os.environ["TORCHELASTIC_RUN_ID"]
         if name == "none":
@@ -138,6 +149,9 @@ def _new_run_name() -> str:
                 "Processes that torchrun started on several machines need one name for their run: set training.run_dir."
             )
         return f"runs/{name}"
+    started = started_processes()
+    if started is not None:
+        return f"runs/{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         os.environ[RUN_DIR_VARIABLE] = f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     return os.environ[RUN_DIR_VARIABLE]
@@ -179,9 +193,9 @@ def build_trainer(
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
     """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
-    _quiet_lightning()
+    quiet_lightning()
     kind, count = accelerator(training)
-    if training.num_gpus and (kind, count) != ("gpu", training.num_gpus) and not started_by_torchrun():
+    if training.num_gpus and (kind, count) != ("gpu", training.num_gpus) and started_processes() is None:
         found = f"{count} GPU{'s' * (count > 1)}" if kind == "gpu" else "the CPU"
         log.warning(
             "training.num_gpus is %d, but only %s can be used here: training on it.", training.num_gpus, found
@@ -203,7 +217,7 @@ def build_trainer(
         enable_progress_bar=sys.stdout.isatty(),
         default_root_dir=folders.run,
         logger=_loggers(training, folders, resumed_step),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *cluster_environment()],
         callbacks=[
             *callbacks,
             Throughput(wait_seconds, training.log_every_n_steps),
@@ -214,7 +228,7 @@ def build_trainer(
     )
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Leave out notices of Lightning that repeat ours or concern nobody."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
