@@ -52,6 +52,11 @@ class TrainingConfig(Section):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of order, masks, weights and dropout.")
     num_gpus: int | None = Field(None, ge=0, description="GPUs to use; null: all there are, 0: the CPU.")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="How several processes share the work: ddp, each has the whole model; fsdp, weights, gradients and "
+        "optimizer state are divided over them (less memory, more communication).",
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
         "32-true", description="Arithmetic of the forward and backward pass; weights are float32 in any case."
     )
@@ -77,3 +82,11 @@ class TrainingConfig(Section):
     )
     log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between two logged figures.")
     loader_threads: int = Field(2, ge=1, description="Threads that read and tokenize ahead of the model.")
+
+    @model_validator(mode="after")
+    def _sharded(self) -> TrainingConfig:
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError(
+                "strategy fsdp does not scale losses, which precision 16-mixed needs: use bf16-mixed or 32-true"
+            )
+        return self

@@ -36,6 +36,7 @@ from scmodelforge.training.callbacks import (
     ProgressLines,
     Throughput,
 )
+from scmodelforge.training.sharded import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +176,13 @@ def build_trainer(
     mode: str = "min",
     wait_seconds: Callable[[], float],
     resumed_step: int = 0,
-    strategy: str = "ddp",
+    ddp: str = "ddp",
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
-    """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
+    """A Lightning trainer for the config; `monitor` is the figure that decides what is best.
+
+    `ddp` is Lightning's name of the kind of DDP that the module needs.
+    """
     _quiet_lightning()
     kind, count = accelerator(training)
     if training.num_gpus and (kind, count) != ("gpu", training.num_gpus) and not started_by_torchrun():
@@ -190,7 +194,7 @@ def build_trainer(
         accelerator=kind,
         devices=count,
         num_nodes=n_machines(),
-        strategy=strategy if n_processes(training) > 1 else "auto",
+        strategy=_strategy(training, ddp),
         precision=training.precision,
         max_epochs=training.max_epochs,
         max_steps=training.max_steps or -1,
@@ -212,6 +216,18 @@ def build_trainer(
             LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
         ],
     )
+
+
+def _strategy(training: TrainingConfig, ddp: str) -> str | ShardedStrategy:
+    """How several processes train one model; "auto" for one process."""
+    processes = n_processes(training)
+    if processes == 1:
+        if training.strategy == "fsdp":
+            log.warning(
+                "training.strategy fsdp has no effect: it divides a model over processes, and this is one."
+            )
+        return "auto"
+    return ShardedStrategy(processes) if training.strategy == "fsdp" else ddp
 
 
 def _quiet_lightning() -> None:
