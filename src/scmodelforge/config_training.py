@@ -10,9 +10,12 @@ from scmodelforge.config_section import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW or Adam; no weight decay on biases, norms and (by default) embeddings."""
+    """AdamW, Adam or Muon; no weight decay on biases, norms and (by default) embeddings."""
 
-    name: Literal["adamw", "adam"] = Field("adamw", description="adamw (decoupled weight decay) or adam.")
+    name: Literal["adamw", "adam", "muon"] = Field(
+        "adamw",
+        description="adamw (decoupled weight decay), adam, or muon: it for the matrices of the blocks, adamw for the rest.",
+    )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of the weight matrices.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moment estimates.")
@@ -88,5 +91,9 @@ class TrainingConfig(Section):
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise ValueError(
                 "strategy fsdp does not scale losses, which precision 16-mixed needs: use bf16-mixed or 32-true"
+            )
+        if self.strategy == "fsdp" and self.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name muon needs whole matrices, and strategy fsdp divides them: use strategy ddp, or adamw"
             )
         return self

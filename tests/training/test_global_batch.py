@@ -65,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs: `one` process, two with `ddp` and `fsdp`, and these resumed after their first epoch."""
     folder = tmp_path_factory.mktemp("runs")
     marker_cells(240).write_h5ad(folder / "cells.h5ad")
+    torch.set_num_threads(1)
     done("train", "--config", write_config(folder, "one", 16))
     commands = []
     for strategy in ("ddp", "fsdp"):

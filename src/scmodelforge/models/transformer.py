@@ -67,6 +67,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(width, width, bias=config.bias)
         self.v = nn.Linear(width, width, bias=config.bias)
         self.out = nn.Linear(width, width, bias=config.bias)
+        head, eps = width // config.num_heads, config.layer_norm_eps
+        self.q_norm = nn.LayerNorm(head, eps=eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head, eps=eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -78,6 +81,7 @@ class Attention(nn.Module):
         """(n, length, width) → the same; see `attend` for `allowed` and `bias`, `Transformer` for `projected`."""
         heads = (x.shape[0], x.shape[1], self.num_heads, -1)
         q, k, v = (layer(x).view(heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, allowed, bias, self.soft_cap, dropout)
         mixed = mixed.transpose(1, 2).reshape(x.shape)

@@ -50,7 +50,8 @@ class TrainingModule(LightningModule):
             shard(self, self.trainer.strategy)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.parameter_groups(), self.training_config.optimizer)
+        fused = self.training_config.precision != "16-mixed"
+        optimizer = build_optimizer(self.parameter_groups(), self.training_config.optimizer, fused)
         total = total_steps(self.training_config, self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
         warmup = resolve_warmup(self.training_config.scheduler, total)
         factor = schedule(self.training_config.scheduler, total, warmup)

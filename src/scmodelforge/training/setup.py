@@ -70,13 +70,18 @@ def check_environment(training: TrainingConfig) -> None:
     MissingExtraError
         If the logger is not installed.
     ConfigError
-        If the precision needs a GPU and there is none.
+        If the precision needs a GPU and there is none, or the optimizer a newer torch.
     """
     if training.logger in ("wandb", "tensorboard"):
         require_extra(training.logger, training.logger, f"training.logger: {training.logger}")
     if training.precision == "16-mixed" and accelerator(training)[0] == "cpu":
         raise ConfigError(
             "training.precision 16-mixed needs a GPU, and none is used here. Use bf16-mixed or 32-true."
+        )
+    if training.optimizer.name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"training.optimizer.name muon needs torch 2.9 or newer, and this is {torch.__version__}. "
+            "Use adamw, or update torch."
         )
 
 
