@@ -14,7 +14,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adam", "muon"] = Field(
         "adamw",
-        description="adamw (decoupled weight decay), adam, or muon: it for the matrices of the blocks, adamw for the rest.",
+        description="adamw (decoupled weight decay), adam, or muon (for matrices of the blocks; adamw for the rest).",
     )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of the weight matrices.")

@@ -67,6 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     marker_cells(240).write_h5ad(folder / "cells.h5ad")
     torch.set_num_threads(1)
     done("train", "--config", write_config(folder, "one", 16))
+    labels = ["--checkpoint", f"{folder}/one/model", "--set", "finetune.label_key=cell_type"]
+    labels += ["--set", "finetune.freeze_backbone_epochs=1"]
     commands = []
     for strategy in ("ddp", "fsdp"):
         command = ["train", "--config", write_config(folder, strategy, 8)]
@@ -74,6 +76,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first_epoch = f"{folder}/{strategy}/checkpoints/epoch=000*.ckpt"
         elsewhere = f"training.run_dir={folder}/{strategy}_resumed"
         commands += [command, [*command, "--set", elsewhere, "--resume", first_epoch]]
+        commands += [
+            ["finetune", *command[1:], *labels, "--set", f"training.run_dir={folder}/{strategy}_label"]
+        ]
     (folder / "commands.json").write_text(json.dumps(commands))
     (folder / "commands.py").write_text(COMMANDS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -132,6 +137,14 @@ def test_two_processes_go_on_as_if_never_stopped(runs: Path, strategy: str) -> N
         strict=True,
     ):
         assert torch.equal(mine["exp_avg_sq"], other["exp_avg_sq"])
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_a_backbone_that_unfreezes_agrees_too(runs: Path) -> None:
+    ddp, fsdp = figures(runs / "ddp_label"), figures(runs / "fsdp_label")
+    assert len(ddp["train_loss"].dropna()) == STEPS
+    for name in ("train_loss", "grad_norm", "val_loss", "val_macro_f1"):
+        np.testing.assert_allclose(fsdp[name], ddp[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
