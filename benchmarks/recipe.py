@@ -112,7 +112,7 @@ def curve(recipe: str, data: str, seed: int, options: dict[str, Any]) -> dict[st
     with tempfile.TemporaryDirectory() as scratch:
         run = train(parse_config(config_tree(recipe, options, seed, f"{scratch}/run")), data=learned)
         figures = pd.read_csv(run.run_dir / "metrics.csv").set_index("step")
-        per_step = figures["seconds_per_step"]  # a row a step
+        per_step = figures["seconds_per_step"].copy()  # a row a step
         per_step.iloc[0] = per_step.iloc[1]
         seconds = per_step.cumsum()
         points = []
