@@ -125,6 +125,10 @@ class ModelConfig(Section):
     )
     layer_norm_eps: float = Field(1e-12, gt=0, description="Epsilon of LayerNorm.")
     bias: bool = Field(True, description="Biases in attention and feed-forward layers.")
+    qk_norm: bool = Field(
+        False,
+        description="LayerNorm of each head's queries and keys, which bounds attention scores (ViT-22B).",
+    )
     soft_cap: float | None = Field(
         None, gt=0, description="Squash attention scores and gene logits to ± this (TranscriptFormer: 10)."
     )

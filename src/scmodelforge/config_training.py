@@ -10,9 +10,12 @@ from scmodelforge.config_section import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW or Adam; no weight decay on biases, norms and (by default) embeddings."""
+    """AdamW, Adam or Muon; no weight decay on biases, norms and (by default) embeddings."""
 
-    name: Literal["adamw", "adam"] = Field("adamw", description="adamw (decoupled weight decay) or adam.")
+    name: Literal["adamw", "adam", "muon"] = Field(
+        "adamw",
+        description="adamw (decoupled weight decay), adam, or muon (for matrices of the blocks; adamw for the rest).",
+    )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of the weight matrices.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moment estimates.")
@@ -52,6 +55,11 @@ class TrainingConfig(Section):
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of order, masks, weights and dropout.")
     num_gpus: int | None = Field(None, ge=0, description="GPUs to use; null: all there are, 0: the CPU.")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="How several processes share the work: ddp, each has the whole model; fsdp, weights, gradients and "
+        "optimizer state are divided over them (less memory, more communication).",
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
         "32-true", description="Arithmetic of the forward and backward pass; weights are float32 in any case."
     )
@@ -77,3 +85,15 @@ class TrainingConfig(Section):
     )
     log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between two logged figures.")
     loader_threads: int = Field(2, ge=1, description="Threads that read and tokenize ahead of the model.")
+
+    @model_validator(mode="after")
+    def _sharded(self) -> TrainingConfig:
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError(
+                "strategy fsdp does not scale losses, which precision 16-mixed needs: use bf16-mixed or 32-true"
+            )
+        if self.strategy == "fsdp" and self.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name muon needs whole matrices, and strategy fsdp divides them: use strategy ddp, or adamw"
+            )
+        return self

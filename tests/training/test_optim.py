@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -9,16 +10,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
 from scmodelforge.config import Config, LoraConfig
-from scmodelforge.config_training import OptimizerConfig, SchedulerConfig
+from scmodelforge.config_training import OptimizerConfig, SchedulerConfig, TrainingConfig
+from scmodelforge.errors import ConfigError
 from scmodelforge.finetuning.lora import add_lora
 from scmodelforge.models.bundle import build_model
 from scmodelforge.models.encoder import TransformerEncoder
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.training.optim import build_optimizer, parameter_groups, resolve_warmup, schedule
+from scmodelforge.training.setup import check_environment
 from tests.helpers import make_vocab
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9 or newer")
 
 NAMES = ("cosine_warmup", "cosine", "linear", "constant")
 
@@ -108,6 +114,93 @@ def test_without_a_gradient_only_weights_that_decay_move(name: str) -> None:
     assert (layer.weight.abs() < before["weight"].abs()).all()
     if name == "adamw":  # decoupled: exactly (1 - lr × decay), whatever the gradient's scale
         torch.testing.assert_close(layer.weight.detach(), before["weight"] * (1 - 0.1 * 0.5))
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
+    """Parameters after some steps with gradients that are the same for the same step and parameter."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        scheduler.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_the_fused_optimizer_steps_as_the_plain_one(name: str) -> None:
+    config = OptimizerConfig(name=name, weight_decay=0.1)
+    ways = []
+    for fused in (True, False):
+        model = tiny_model()
+        optimizer = build_optimizer(parameter_groups([model], 1e-2, config), config, fused)
+        ways.append(trained(model, optimizer, 5))
+    for one, other in zip(*ways, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+MUON = OptimizerConfig(name="muon", lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
+
+
+def muon_of(model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(parameter_groups([model], MUON.lr, MUON), MUON)
+
+
+@needs_muon
+def test_muon_steps_the_matrices_of_the_blocks_and_adamw_all_else() -> None:
+    model = tiny_model()
+    optimizer = muon_of(model)
+    assert ids(members(optimizer.param_groups)) == ids([*model.parameters()])
+    trained(model, optimizer, 1)
+    by_muon = {name for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
+    layers = (*(f"attention.{n}" for n in ("q", "k", "v", "out")), "feed_forward.fc1", "feed_forward.fc2")
+    assert by_muon == {f"transformer.blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
+    others = [p for name, p in model.named_parameters() if name not in by_muon]
+    assert all("exp_avg_sq" in optimizer.state[parameter] for parameter in others)
+
+
+@needs_muon
+def test_muon_and_adamw_step_as_they_do_alone() -> None:
+    together, apart = tiny_model(), tiny_model()
+    trained(together, muon_of(together), 3)
+    groups = parameter_groups([apart], MUON.lr, MUON)
+    optimizers = [
+        torch.optim.Muon([g for g in groups if g.get("muon")], adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([g for g in groups if not g.get("muon")], betas=MUON.betas, fused=True),
+    ]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in optimizers]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in apart.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for each in (*optimizers, *schedulers):
+            each.step()
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_muon
+def test_a_restored_muon_goes_on_as_if_never_stopped() -> None:
+    model, resumed = tiny_model(), tiny_model()
+    optimizer, restored = muon_of(model), muon_of(resumed)
+    trained(model, optimizer, 3)
+    resumed.load_state_dict(model.state_dict())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, other in zip(trained(model, optimizer, 3), trained(resumed, restored, 3), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_muon_and_sharding_do_not_go_together() -> None:
+    with pytest.raises(ValidationError, match="muon needs whole matrices, and strategy fsdp divides them"):
+        TrainingConfig.model_validate({"strategy": "fsdp", "optimizer": {"name": "muon"}})
+
+
+def test_an_older_torch_without_muon_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    training = TrainingConfig.model_validate({"optimizer": {"name": "muon"}})
+    with pytest.raises(ConfigError, match=r"training\.optimizer\.name muon needs torch 2\.9 or newer"):
+        check_environment(training)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])

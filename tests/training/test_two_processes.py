@@ -1,18 +1,15 @@
-"""`torchrun` starts `train` twice: equal shares of uneven data, one run folder, and what one process would learn."""
+"""`torchrun` starts `train` twice: equal shares of uneven data, one run folder, and a stop that both obey."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import yaml
 
@@ -20,7 +17,6 @@ from scmodelforge.config import DataConfig
 from scmodelforge.data.shards import write_shards
 from scmodelforge.models.bundle import load_model, read_checkpoint
 from tests.helpers import make_vocab, marker_cells, tiny_config
-from tests.journeys.command import done, files_below
 
 # The command itself, with a note of the cells of each batch.
 NOTED = """
@@ -36,7 +32,7 @@ def noted(rows, step, size, seed, epoch, shuffle, rank, world):
 module.batch_rows = order.batch_rows = noted  # of validation, and of training
 cli.main()
 """
-N_CELLS, EPOCHS = 241, 8
+N_CELLS, EPOCHS = 241, 2
 
 
 def write_config(folder: Path, run: str, batch_size: int) -> Path:
@@ -59,7 +55,7 @@ def batches(notes: Path, rank: int, shuffle: bool) -> dict[tuple[int, int], list
 
 
 @pytest.mark.slow
-def test_two_processes_share_uneven_cells_and_learn_as_one(tmp_path: Path) -> None:
+def test_two_processes_share_uneven_cells(tmp_path: Path) -> None:
     marker_cells(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
     write_shards(
         [tmp_path / "cells.h5ad"], make_vocab(40), DataConfig(), tmp_path / "shards", cells_per_shard=100
@@ -96,14 +92,6 @@ def test_two_processes_share_uneven_cells_and_learn_as_one(tmp_path: Path) -> No
     assert not train_cells & val_cells
     assert len(train_cells) + len(val_cells) >= N_CELLS - 1
 
-    done("train", "--config", write_config(tmp_path, "one", 30))
-    two, one = (pd.read_csv(tmp_path / run / "metrics.csv")["val_loss"].dropna() for run in ("two", "one"))
-    assert len(two) == EPOCHS
-    learned = one.iloc[0] - one.iloc[-1]
-    assert learned > 0.1
-    np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), atol=learned / 3)
-    names = [{re.sub(r"=.*", "", file) for file in files_below(tmp_path / run)} for run in ("two", "one")]
-    assert names[0] == names[1]
     assert load_model(tmp_path / "two/model").vocab.n_genes == 40
 
 

@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from scmodelforge.models.bundle import Labels, ModelBundle
 from scmodelforge.models.flops import TRAINING_OVER_FORWARD, encoding_flops
+from scmodelforge.models.objectives.batch import LossTerm
 from scmodelforge.tokenizers.batch import DeviceBatch, TokenBatch
 from scmodelforge.training.module import TrainingModule
 from scmodelforge.training.optim import parameter_groups
@@ -93,21 +94,21 @@ class FinetuningModule(TrainingModule):
     def on_train_epoch_start(self) -> None:
         self._update_frozen()
 
-    def _loss(self, outputs: torch.Tensor, batch: LabelledBatch) -> torch.Tensor:
+    def _loss(self, outputs: torch.Tensor, batch: LabelledBatch) -> LossTerm:
         if self.labels.task == "classification":
-            return F.cross_entropy(outputs.float(), batch.targets)
-        return F.mse_loss(outputs[:, 0].float(), batch.targets)
+            total = F.cross_entropy(outputs.float(), batch.targets, reduction="sum")
+        else:
+            total = F.mse_loss(outputs[:, 0].float(), batch.targets, reduction="sum")
+        return LossTerm(total, len(batch.targets))
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> torch.Tensor:
-        loss = self._loss(self(batch.tokens), batch)
-        self.log("train_loss", loss, prog_bar=True, batch_size=1)
-        return loss
+        return self.shared_loss({"label": self._loss(self(batch.tokens), batch)}, batch.n_tokens)
 
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         outputs = self(batch.tokens).float()
         self.metrics.update(outputs if self.labels.task == "classification" else outputs[:, 0], batch.targets)
         self.log_dict(self.metrics, on_epoch=True, batch_size=batch.tokens.n_cells)
-        loss = self._loss(outputs, batch)
+        loss = self._loss(outputs, batch).mean
         self.log(
             "val_loss", loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=batch.tokens.n_cells
         )

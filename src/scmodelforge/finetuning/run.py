@@ -167,7 +167,7 @@ def finetune(
             mode="max" if is_classification else "min",
             resume=resume,
             checkpoint=resumed,
-            strategy="ddp_find_unused_parameters_true" if config.finetune.freeze_backbone_epochs else "ddp",
+            ddp="ddp_find_unused_parameters_true" if config.finetune.freeze_backbone_epochs else "ddp",
             notes=notes,
         )
 

@@ -36,12 +36,16 @@ class Attention(nn.Module):
         self.k = nn.Linear(width, width, bias=config.bias)
         self.v = nn.Linear(width, width, bias=config.bias)
         self.out = nn.Linear(width, width, bias=config.bias)
+        head, eps = width // config.num_heads, config.layer_norm_eps
+        self.q_norm = nn.LayerNorm(head, eps=eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head, eps=eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(total, width) → the same; see `Transformer` for `projected`."""
         q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # norms give float32 under autocast
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, sequences, self.soft_cap, dropout).flatten(1)
         return self.out(mixed) if projected is None else torch.where(projected, self.out(mixed), mixed)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from scmodelforge.config import TrainingConfig
 from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
 from scmodelforge.models.flops import training_flops
-from scmodelforge.models.objectives.batch import Objective, TrainingBatch
+from scmodelforge.models.objectives.batch import LossTerm, Objective, PackedBatch
+from scmodelforge.training.global_loss import global_loss
 from scmodelforge.training.optim import (
     build_optimizer,
     parameter_groups,
@@ -19,6 +22,7 @@ from scmodelforge.training.optim import (
     schedule,
     total_steps,
 )
+from scmodelforge.training.sharded import ShardedStrategy, shard
 
 
 class TrainingModule(LightningModule):
@@ -41,8 +45,14 @@ class TrainingModule(LightningModule):
             [self.model], self.training_config.optimizer.lr, self.training_config.optimizer
         )
 
+    def configure_model(self) -> None:
+        """Divide the model over the processes, where that is the strategy."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            shard(self, self.trainer.strategy)
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.parameter_groups(), self.training_config.optimizer)
+        fused = self.training_config.precision != "16-mixed"
+        optimizer = build_optimizer(self.parameter_groups(), self.training_config.optimizer, fused)
         total = total_steps(self.training_config, self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
         warmup = resolve_warmup(self.training_config.scheduler, total)
         factor = schedule(self.training_config.scheduler, total, warmup)
@@ -58,10 +68,22 @@ class TrainingModule(LightningModule):
         """Clip by global norm, and keep the norm on the device for the log."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(batch.seed)
+
+    def shared_loss(self, terms: Mapping[str, LossTerm], n_tokens: int) -> torch.Tensor:
+        """This process's share of the loss over the cells of all; logs the loss of all and its terms."""
+        loss = global_loss(terms, n_tokens)
+        self.log("train_loss", loss.mean, prog_bar=True, batch_size=1)
+        if len(terms) > 1:
+            for name, mean in loss.terms.items():
+                self.log(f"train_{name}_loss", mean, batch_size=1)
+        if self.trainer.world_size > 1:
+            self.log("token_imbalance", loss.token_imbalance, batch_size=1)
+        return loss.share
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.description
@@ -86,21 +108,16 @@ class PretrainingModule(TrainingModule):
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device)
 
-    def training_step(self, batch: TrainingBatch, batch_idx: int) -> torch.Tensor:
-        output = self.task(self.model, batch)
-        loss = output.loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=1)
-        if len(output.terms) > 1:
-            for name, term in output.losses.items():
-                self.log(f"train_{name}_loss", term.detach(), batch_size=1)
-        return loss
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> torch.Tensor:
+        return self.shared_loss(self.task(self.model, batch).terms, batch.n_tokens)
 
-    def flops(self, batch: TrainingBatch) -> torch.Tensor:
+    def flops(self, batch: PackedBatch) -> torch.Tensor:
         lengths = batch.tokens.lengths.double()
-        asked = torch.zeros_like(lengths).index_add_(0, batch.cell, torch.ones_like(batch.cell).double())
+        cell = batch.cell[: batch.n_asked]
+        asked = torch.zeros_like(lengths).index_add_(0, cell, torch.ones_like(cell).double())
         return training_flops(self.model, lengths, asked)
 
-    def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         self.sums += self.task.count(self.task(self.model, batch), batch)
 
     def on_validation_epoch_end(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from scmodelforge.config_training import OptimizerConfig, SchedulerConfig, TrainingConfig
+from scmodelforge.models.transformer import Block
+from scmodelforge.training.muon import MuonAdamW
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +19,15 @@ DEFAULT_WARMUP_STEPS = 2_000
 WARMUP_SHARE = 10  # a warm-up takes at most a tenth of the run
 
 
-def parameter_groups(modules: Iterable[nn.Module], lr: float, config: OptimizerConfig) -> list[dict]:
-    """Split trainable parameters into those that decay and those that do not.
+def parameter_groups(modules: Sequence[nn.Module], lr: float, config: OptimizerConfig) -> list[dict]:
+    """Split trainable parameters into those that decay and those that do not; with muon also by their optimizer.
 
     Biases, norms and (unless `decay_embeddings`) embedding tables do not decay. Every trainable parameter is
-    in exactly one group; empty groups are left out.
+    in exactly one group; empty groups are left out. Groups with `muon` true hold the matrices of the blocks.
     """
+    blocks = [part for root in modules for part in root.modules() if isinstance(part, Block)]
+    in_blocks = {id(part) for block in blocks for part in block.modules()} if config.name == "muon" else set()
+    matrices: list[nn.Parameter] = []
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for root in modules:
@@ -33,18 +38,28 @@ def parameter_groups(modules: Iterable[nn.Module], lr: float, config: OptimizerC
                 is_embedding = isinstance(module, nn.Embedding)
                 is_matrix = isinstance(module, nn.Linear) and name != "bias"
                 decays = is_matrix or (is_embedding and config.decay_embeddings)
-                (decay if decays else keep).append(parameter)
+                of_muon = is_matrix and id(module) in in_blocks
+                (matrices if of_muon else decay if decays else keep).append(parameter)
     groups = [
+        {"params": matrices, "lr": lr, "weight_decay": config.weight_decay, "muon": True},
         {"params": decay, "lr": lr, "weight_decay": config.weight_decay},
         {"params": keep, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam over the groups of `parameter_groups`."""
+def build_optimizer(groups: list[dict], config: OptimizerConfig, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimizer over the groups of `parameter_groups`.
+
+    `fused` updates all parameters in one compiled loop, six times as fast on a CPU. Where losses are scaled (precision
+    16-mixed) a fused optimizer takes the scale out by itself, after gradients were clipped: not to be used there.
+    """
+    if config.name == "muon":
+        matrices = [group for group in groups if group.get("muon")]
+        others = [group for group in groups if not group.get("muon")]
+        return MuonAdamW(matrices, others, config)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:

@@ -54,6 +54,7 @@ FIXED_TRAINING_KEYS = tuple(
         "batch_size",
         "seed",
         "precision",
+        "strategy",
         "optimizer.",
         "scheduler.",
         "gradient_clip_val",
@@ -151,7 +152,7 @@ def fit(
     mode: str = "min",
     resume: str | Path | None = None,
     checkpoint: dict[str, Any] | None = None,
-    strategy: str = "ddp",
+    ddp: str = "ddp",
     notes: list[str],
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
@@ -184,7 +185,7 @@ def fit(
         mode=mode,
         wait_seconds=lambda: _wait_seconds(trainer),
         resumed_step=checkpoint["global_step"] if checkpoint else 0,
-        strategy=strategy,
+        ddp=ddp,
     )
     if trainer.is_global_zero:
         create_folders(folders, resumed=checkpoint is not None)

@@ -42,6 +42,7 @@ from scmodelforge.training.processes import (
     started_processes,
 )
 from scmodelforge.training.throughput import Throughput
+from scmodelforge.training.sharded import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def check_environment(training: TrainingConfig) -> None:
     MissingExtraError
         If the logger is not installed.
     ConfigError
-        If the precision needs a GPU and there is none.
+        If the precision needs a GPU and there is none, or the optimizer a newer torch.
     """
     if training.logger in ("wandb", "tensorboard"):
         require_extra(training.logger, training.logger, f"training.logger: {training.logger}")
@@ -87,6 +88,11 @@ def check_environment(training: TrainingConfig) -> None:
         log.warning(
             "training.precision is bf16-mixed, and this processor computes bfloat16 by detours (it has neither "
             "AVX512-BF16 nor AMX): 32-true is faster here."
+        )
+    if training.optimizer.name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"training.optimizer.name muon needs torch 2.9 or newer, and this is {torch.__version__}. "
+            "Use adamw, or update torch."
         )
 
 
@@ -189,10 +195,13 @@ def build_trainer(
     mode: str = "min",
     wait_seconds: Callable[[], float],
     resumed_step: int = 0,
-    strategy: str = "ddp",
+    ddp: str = "ddp",
     callbacks: tuple[Callback, ...] = (),
 ) -> Trainer:
-    """A Lightning trainer for the config; `monitor` is the figure that decides what is best."""
+    """A Lightning trainer for the config; `monitor` is the figure that decides what is best.
+
+    `ddp` is Lightning's name of the kind of DDP that the module needs.
+    """
     quiet_lightning()
     kind, count = accelerator(training)
     if training.num_gpus and (kind, count) != ("gpu", training.num_gpus) and started_processes() is None:
@@ -204,7 +213,7 @@ def build_trainer(
         accelerator=kind,
         devices=count,
         num_nodes=n_machines(),
-        strategy=strategy if n_processes(training) > 1 else "auto",
+        strategy=_strategy(training, ddp),
         precision=training.precision,
         max_epochs=training.max_epochs,
         max_steps=training.max_steps or -1,
@@ -226,6 +235,18 @@ def build_trainer(
             LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
         ],
     )
+
+
+def _strategy(training: TrainingConfig, ddp: str) -> str | ShardedStrategy:
+    """How several processes train one model; "auto" for one process."""
+    processes = n_processes(training)
+    if processes == 1:
+        if training.strategy == "fsdp":
+            log.warning(
+                "training.strategy fsdp has no effect: it divides a model over processes, and this is one."
+            )
+        return "auto"
+    return ShardedStrategy(processes) if training.strategy == "fsdp" else ddp
 
 
 def quiet_lightning() -> None:

@@ -344,6 +344,7 @@ def write_published(bundle: ModelBundle, folder: Path) -> None:
         "model.pretraining_task": (model.pretraining_task, "masked_gene_prediction"),
         "model.norm": (model.norm, "post"),
         "model.final_norm": (bool(model.final_norm), False),
+        "model.qk_norm": (model.qk_norm, False),
         "model.bias": (model.bias, True),
         "model.soft_cap": (model.soft_cap, None),
         "model.gene_head": (model.gene_head, "tied"),

@@ -311,6 +311,7 @@ def write_published(bundle: ModelBundle, folder: Path) -> None:
         "model.pretraining_task": (model.pretraining_task, "expression_reconstruction"),
         "model.norm": (model.norm, "post"),
         "model.final_norm": (bool(model.final_norm), False),
+        "model.qk_norm": (model.qk_norm, False),
         "model.activation": (model.activation, "relu"),
         "model.layer_norm_eps": (model.layer_norm_eps, 1e-5),
         "model.bias": (model.bias, True),

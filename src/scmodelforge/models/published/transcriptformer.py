@@ -318,6 +318,7 @@ def _require_same_arithmetic(config: Config) -> None:
         "model.objective.value_loss": (config.value_loss, "zero_truncated_poisson"),
         "model.norm": (model.norm, "normed_residual"),
         "model.final_norm": (bool(model.final_norm), False),
+        "model.qk_norm": (model.qk_norm, False),
         "model.layer_norm_eps": (model.layer_norm_eps, 1e-5),
         "model.count_bias": (model.count_bias, True),
         "model.value_embedding": (config.value_embedding, "none"),
