@@ -15,7 +15,7 @@ from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
 from scmodelforge.data.batch import CellBatch
-from scmodelforge.data.module import CellDataModule, training_order
+from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.files import atomic_path
 from scmodelforge.genes.embeddings import read_gene_embeddings
@@ -36,6 +36,7 @@ from scmodelforge.models.embeddings import ExternalGenes
 from scmodelforge.models.objectives import build_objective
 from scmodelforge.models.objectives.batch import TrainingBatch
 from scmodelforge.tokenizers.base import build_tokenizer
+from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData, prepare_data, prepare_given
 from scmodelforge.training.module import PretrainingModule, TrainingModule
@@ -59,6 +60,7 @@ FIXED_TRAINING_KEYS = tuple(
     f"training.{key}"
     for key in (
         "batch_size",
+        "tokens_per_batch",
         "seed",
         "precision",
         "optimizer.",
@@ -229,9 +231,7 @@ def fit(
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
-    order = training_order(prepared.store, prepared.train_rows, bundle.config.data, training.seed)
-    if checkpoint is None:
-        prepared.read_through()
+    train_batches, val_batches = choose_batches(bundle, prepared, read_through=checkpoint is None)
     module.description |= {
         "run_dir": str(folders.run),
         "data": prepared.facts,
@@ -240,10 +240,9 @@ def fit(
     }
     cells = CellDataModule(
         prepared.store,
-        order,
-        prepared.val_rows,
+        train_batches,
+        val_batches,
         make_batch,
-        training.batch_size,
         training.seed,
         training.loader_threads,
     )
