@@ -113,6 +113,8 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_model(config)
     yield from _of_objective(config)
     training = config.training
+    if training.tokens_per_batch is not None:
+        yield "training.batch_size", "training.tokens_per_batch says what a batch holds"
     if training.logger != "wandb":
         yield "training.wandb_project", f"training.logger is {training.logger}"
     if training.scheduler.name == "constant":

@@ -49,6 +49,13 @@ class TrainingConfig(Section):
     """How long, how fast, on what, and what is left behind."""
 
     batch_size: int = Field(64, ge=1, description="Cells per step and device.")
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="Tokens per step and device, special and obs tokens included: a batch holds as many whole cells as "
+        "fit; null: batch_size says how many cells.",
+    )
     max_epochs: int = Field(10, ge=1, description="Passes over the training cells.")
     max_steps: int | None = Field(
         None, ge=1, description="Stop after so many optimizer steps; null: no limit."

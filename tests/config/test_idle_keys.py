@@ -47,6 +47,7 @@ def named(tree: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("tree", "key", "value"),
     [
+        ({"training": {"tokens_per_batch": 9000}}, "training.batch_size", 32),
         ({}, "tokenizer.n_bins", 20),
         ({}, "tokenizer.n_bins", 51),  # the default, but written
         ({}, "tokenizer.bin_ties", "numpy"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scmodelforge.config import DataConfig
 from scmodelforge.data.buffered import BLOCK, BufferedShuffle, buffered_shuffle
 from scmodelforge.data.module import CellDataModule, training_order
-from scmodelforge.data.order import draw_key, n_steps, permutation
+from scmodelforge.data.order import FixedSize, draw_key, n_steps, permutation
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
 from tests.data.files import NO_MINIMUM, make_adata
@@ -145,7 +145,7 @@ def test_the_store_hears_of_each_buffer_once_before_it_is_read(threads: int, res
         read.append((len(told), cells.rows))
         return cells
 
-    module = CellDataModule(store, order, np.arange(0), make_batch, 8, 3, threads)
+    module = CellDataModule(store, FixedSize(order, 8), None, make_batch, 3, threads)
     module.load_state_dict({"epoch": 0, "step": resume_at})
     assert len(list(module.train_dataloader())) == 13 - resume_at
     fetched = np.concatenate([rows + 50 * number for number, rows in told])

@@ -12,7 +12,7 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.module import CellDataModule
-from scmodelforge.data.order import GlobalShuffle
+from scmodelforge.data.order import FixedSize, GlobalShuffle
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
 from scmodelforge.models.objectives import build_objective
@@ -43,7 +43,7 @@ def loader_of(threads: int, strategy: str, task: str) -> BatchLoader:
 
     store = open_store([marker_cells(90)], vocab, config.data)
     order = GlobalShuffle(np.arange(90), seed=7)
-    module = CellDataModule(store, order, np.arange(0), make, batch_size=8, seed=7, threads=threads)
+    module = CellDataModule(store, FixedSize(order, 8), None, make, seed=7, threads=threads)
     return module.train_dataloader()
 
 

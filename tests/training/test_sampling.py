@@ -14,6 +14,7 @@ import torch
 
 from scmodelforge.config import Config, DataConfig, Masking, Preprocessing, TokenizerConfig
 from scmodelforge.data.module import CellDataModule, training_order
+from scmodelforge.data.order import FixedSize
 from scmodelforge.data.store import CellStore, open_store
 from scmodelforge.errors import DataError, ModelError
 from scmodelforge.finetuning.run import finetune
@@ -156,7 +157,7 @@ def test_a_cell_that_comes_again_is_masked_in_another_way() -> None:
     def make_batch(cells, epoch, batch_seed):
         return cells.rows, task.corrupt(tokenizer(cells, 3, epoch), 3, epoch, batch_seed)
 
-    ((rows, batch),) = CellDataModule(store, order, np.arange(0), make_batch, 24, 3, 1).train_dataloader()
+    ((rows, batch),) = CellDataModule(store, FixedSize(order, 24), None, make_batch, 3, 1).train_dataloader()
     assert (np.bincount(rows) == 2).all()
     hidden = batch.tokens.input_ids.numpy()
     for row in range(12):

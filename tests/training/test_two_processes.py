@@ -22,14 +22,14 @@ from tests.helpers import make_vocab, marker_cells, tiny_config
 NOTED = """
 import json, os, sys
 from scmodelforge import cli
-from scmodelforge.data import module, order
-batch_rows = module.batch_rows
+from scmodelforge.data import order
+batch_rows = order.batch_rows
 def noted(rows, step, size, seed, epoch, shuffle, rank, world):
     cells = batch_rows(rows, step, size, seed, epoch, shuffle, rank, world)
     with open(f"{os.environ['NOTES']}/{rank}", "a") as file:
         file.write(json.dumps([shuffle, epoch, step, cells.tolist()]) + chr(10))
     return cells
-module.batch_rows = order.batch_rows = noted  # of validation, and of training
+order.batch_rows = noted  # of validation, and of training
 cli.main()
 """
 N_CELLS, EPOCHS = 241, 2

@@ -15,15 +15,17 @@ from scmodelforge.config import DataConfig
 from scmodelforge.data.batch import REPEAT, CellBatch
 from scmodelforge.data.buffered import BufferedShuffle, buffered_shuffle
 from scmodelforge.data.loader import BatchLoader
-from scmodelforge.data.order import VALIDATION_EPOCH, GlobalShuffle, Order, batch_rows, n_steps
-from scmodelforge.data.sampling import weighted_draws
+from scmodelforge.data.order import VALIDATION_EPOCH, Batches, FixedSize, GlobalShuffle
+from scmodelforge.data.sampling import WeightedDraws, weighted_draws
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError
 
 log = logging.getLogger(__name__)
 
 
-def training_order(store: CellStore, rows: np.ndarray, config: DataConfig, seed: int) -> Order:
+def training_order(
+    store: CellStore, rows: np.ndarray, config: DataConfig, seed: int
+) -> GlobalShuffle | WeightedDraws | BufferedShuffle:
     """The order of the training cells `rows` (int64, ascending) that `sampling` and `shuffle_buffer` ask for.
 
     Raises
@@ -57,16 +59,13 @@ class CellDataModule(LightningDataModule):
     ----------
     store
         The cells.
-    order
-        The cells that train, by `training_order`.
-    val_rows
-        int64: global rows that validate.
+    training, validation
+        Which cells train and validate, batch by batch: `FixedSize` or `TokenBudget`, made for as many ranks as there
+        are; None: no cell validates.
     make_batch
         (cells, epoch, batch_seed) → what the model takes. Called in threads.
-    batch_size
-        Cells per batch and device.
     seed
-        Seed of the order.
+        Seed of what is random in a batch.
     threads
         Threads that make batches.
     """
@@ -74,19 +73,17 @@ class CellDataModule(LightningDataModule):
     def __init__(
         self,
         store: CellStore,
-        order: Order,
-        val_rows: np.ndarray,
+        training: Batches,
+        validation: Batches | None,
         make_batch: Callable[[CellBatch, int, int], Any],
-        batch_size: int,
         seed: int,
         threads: int,
     ) -> None:
         super().__init__()
         self.store = store
-        self.order = order
-        self.val_rows = val_rows
+        self.training = training
+        self.validation = validation
         self.make_batch = make_batch
-        self.batch_size = batch_size
         self.seed = seed
         self.threads = threads
         self._train_loader: BatchLoader[Any] | None = None
@@ -95,11 +92,11 @@ class CellDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Training batches of each rank in an epoch."""
-        return n_steps(self.order.n_draws, self.batch_size, self._ranks()[1])
+        return self.training.n_steps
 
-    def _ranks(self) -> tuple[int, int]:
-        """Number of this process and of all."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
 
     def _make(self, cells: CellBatch, epoch: int, step: int, rank: int) -> Any:
         batch_seed = int(np.random.SeedSequence([self.seed, epoch, step, rank]).generate_state(1)[0])
@@ -113,13 +110,15 @@ class CellDataModule(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader[Any]:
         """Training batches, in the order of (seed, epoch), from where a resumed run stopped."""
-        rank, world = self._ranks()
-        announce = _Announcer(self.store, self.order) if isinstance(self.order, BufferedShuffle) else None
+        rank, batches = self._rank, self.training
+        announce = None
+        if isinstance(batches, FixedSize) and isinstance(batches.order, BufferedShuffle):
+            announce = _Announcer(self.store, batches.order, batches.batch_size, rank, batches.world)
 
         def make(epoch: int, step: int) -> Any:
             if announce is not None:
-                announce(epoch, step, self.batch_size, rank, world)
-            draws = self.order.batch(epoch, step, self.batch_size, rank, world)
+                announce(epoch, step)
+            draws = batches.batch(epoch, step, rank)
             cells = self.store.read(draws.rows)
             return self._make(
                 replace(cells, cell_index=draws.rows + draws.repeats * REPEAT), epoch, step, rank
@@ -130,16 +129,17 @@ class CellDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> BatchLoader[Any] | list[None]:
-        """Validation batches, in the order of the file; none where no cell validates."""
-        if not len(self.val_rows):
+        """Validation batches, the same in every epoch; none where no cell validates."""
+        if self.validation is None:
             return []
-        rank, world = self._ranks()
+        rank, batches = self._rank, self.validation
 
         def make(_: int, step: int) -> Any:
-            rows = batch_rows(self.val_rows, step, self.batch_size, self.seed, 0, False, rank, world)
-            return self._make(self.store.read(rows), VALIDATION_EPOCH, step, rank)
+            return self._make(
+                self.store.read(batches.batch(0, step, rank).rows), VALIDATION_EPOCH, step, rank
+            )
 
-        return BatchLoader(make, n_steps(len(self.val_rows), self.batch_size, world), self.threads)
+        return BatchLoader(make, batches.n_steps, self.threads)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and step of the next training batch.
@@ -156,18 +156,20 @@ class CellDataModule(LightningDataModule):
 class _Announcer:
     """Tells the store, once a buffer, what is read now and what comes next."""
 
-    def __init__(self, store: CellStore, order: BufferedShuffle) -> None:
-        self.store, self.order = store, order
+    def __init__(
+        self, store: CellStore, order: BufferedShuffle, batch_size: int, rank: int, world: int
+    ) -> None:
+        self.store, self.order, self.batch_size, self.rank, self.world = store, order, batch_size, rank, world
         self.told = (-1, -1)  # epoch and number of the last buffer that the store knows of
         self.lock = threading.Lock()
 
-    def __call__(self, epoch: int, step: int, batch_size: int, rank: int, world: int) -> None:
+    def __call__(self, epoch: int, step: int) -> None:
         """Before a batch is read."""
-        number = self.order.buffer_of(step, batch_size, rank, world)
+        number = self.order.buffer_of(step, self.batch_size, self.rank, self.world)
         with self.lock:
             new = [buffer for buffer in (number, number + 1) if (epoch, buffer) > self.told]
             self.told = (epoch, new[-1]) if new else self.told
         for buffer in new:
-            rows = self.order.buffer_rows(epoch, buffer, rank, world)
+            rows = self.order.buffer_rows(epoch, buffer, self.rank, self.world)
             if len(rows):
                 self.store.prefetch(rows)

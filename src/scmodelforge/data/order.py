@@ -185,6 +185,66 @@ def batch_rows(
     return np.asarray(rows)[positions]
 
 
+class Batches(Protocol):
+    """Which cells come in which batch: of equally many cells (`FixedSize`), or of a token budget (`budget`).
+
+    Attributes
+    ----------
+    n_steps
+        Batches of each rank in an epoch.
+    """
+
+    @property
+    def n_steps(self) -> int: ...
+
+    def batch(self, epoch: int, step: int, rank: int) -> Draws:
+        """Return the cells of a batch, none past the end; a pure function of its arguments."""
+
+
+@dataclass(frozen=True)
+class FixedSize:
+    """Batches of equally many cells; the last one may be smaller.
+
+    Attributes
+    ----------
+    order
+        The order of the cells.
+    batch_size
+        Cells per batch and rank.
+    world
+        Number of ranks.
+    """
+
+    order: Order
+    batch_size: int
+    world: int = 1
+
+    @property
+    def n_steps(self) -> int:
+        """See `Batches`."""
+        return n_steps(self.order.n_draws, self.batch_size, self.world)
+
+    def batch(self, epoch: int, step: int, rank: int) -> Draws:
+        """See `Batches`."""
+        return self.order.batch(epoch, step, self.batch_size, rank, self.world)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Every cell once, always in the order of `rows` (int64 (n)): validation."""
+
+    rows: np.ndarray
+
+    @property
+    def n_draws(self) -> int:
+        """All cells."""
+        return len(self.rows)
+
+    def batch(self, epoch: int, step: int, batch_size: int, rank: int, world: int) -> Draws:
+        """See `Order`."""
+        return Draws(batch_rows(self.rows, step, batch_size, 0, 0, False, rank, world))
+
+
 @dataclass(frozen=True)
 class GlobalShuffle:
     """Every cell once an epoch, in an order over all of them.

@@ -111,6 +111,16 @@ class WeightedDraws:
         """Draws of each stratum in an epoch: int64 (n_strata) with the sum `n_draws`."""
         return whole_draws(self.shares[min(epoch, len(self.shares) - 1)], epoch)
 
+    def largest_sum(self, values: np.ndarray) -> float:
+        """A sum of `values` (n_cells of the store, by global row) over the draws that hardly any epoch exceeds.
+
+        The mean of the epoch with the highest, and four standard deviations (as if each draw were independent).
+        """
+        of_draws, sizes = values[self.rows].astype(np.float64), np.diff(self.offsets)
+        means = np.add.reduceat(of_draws, self.offsets[:-1]) / sizes
+        variances = np.add.reduceat((of_draws - np.repeat(means, sizes)) ** 2, self.offsets[:-1]) / sizes
+        return float((self.shares @ means + 4 * np.sqrt(self.shares @ variances)).max())
+
     def batch(self, epoch: int, step: int, batch_size: int, rank: int, world: int) -> Draws:
         """See `Order`."""
         plan = self._plan  # kept, as all batches of an epoch share it; threads see the old one or the new one

@@ -173,7 +173,9 @@ def finetune(
 
 
 def _warn_of_no_effect(config: Config) -> None:
-    finetune, epochs = config.finetune, config.training.max_epochs
+    finetune, training, epochs = config.finetune, config.training, config.training.max_epochs
+    if training.tokens_per_batch is not None and "batch_size" in training.model_fields_set:
+        log.warning("training.batch_size has no effect: training.tokens_per_batch says what a batch holds.")
     if finetune.freeze_backbone and finetune.backbone_lr is not None:
         log.warning("finetune.backbone_lr has no effect: freeze_backbone is true.")
     if finetune.freeze_backbone_epochs >= epochs and not finetune.freeze_backbone:

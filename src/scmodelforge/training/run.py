@@ -14,7 +14,7 @@ from lightning import Trainer
 from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
-from scmodelforge.data.module import CellDataModule, training_order
+from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ModelError
 from scmodelforge.files import atomic_path
 from scmodelforge.models.bundle import (
@@ -27,6 +27,7 @@ from scmodelforge.models.bundle import (
     with_gene_width_of,
     with_model_of,
 )
+from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData
 from scmodelforge.training.module import TrainingModule
@@ -52,6 +53,7 @@ FIXED_TRAINING_KEYS = tuple(
     f"training.{key}"
     for key in (
         "batch_size",
+        "tokens_per_batch",
         "seed",
         "precision",
         "strategy",
@@ -157,9 +159,7 @@ def fit(
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
-    order = training_order(prepared.store, prepared.train_rows, bundle.config.data, training.seed)
-    if checkpoint is None:
-        prepared.read_through()
+    train_batches, val_batches = choose_batches(bundle, prepared, read_through=checkpoint is None)
     module.description |= {
         "run_dir": str(folders.run),
         "data": prepared.facts,
@@ -168,10 +168,9 @@ def fit(
     }
     cells = CellDataModule(
         prepared.store,
-        order,
-        prepared.val_rows,
+        train_batches,
+        val_batches,
         make_batch,
-        training.batch_size,
         training.seed,
         training.loader_threads,
     )
