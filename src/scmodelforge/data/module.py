@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class CellDataModule(LightningDataModule):
         Seed of the order.
     threads
         Threads that make batches.
+    known_batch
+        (cell_index, batch_seed) → a batch that needs no reading of these cells, or None where they must be read.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class CellDataModule(LightningDataModule):
         batch_size: int,
         seed: int,
         threads: int,
+        known_batch: Callable[[np.ndarray, int], Any | None] | None = None,
     ) -> None:
         super().__init__()
         self.store = store
@@ -89,6 +93,7 @@ class CellDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.threads = threads
+        self.known_batch = known_batch
         self._train_loader: BatchLoader[Any] | None = None
         self._start = {"epoch": 0, "step": 0}
 
@@ -101,9 +106,17 @@ class CellDataModule(LightningDataModule):
         """Number of this process and of all."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _make(self, cells: CellBatch, epoch: int, step: int, rank: int) -> Any:
-        batch_seed = int(np.random.SeedSequence([self.seed, epoch, step, rank]).generate_state(1)[0])
-        batch = self.make_batch(cells, epoch, batch_seed)
+    def _make(
+        self, cell_index: np.ndarray, epoch: int, step: int, announce: Callable[[], None] | None = None
+    ) -> Any:
+        seeds = np.random.SeedSequence([self.seed, epoch, step, self._ranks()[0]])
+        batch_seed = int(seeds.generate_state(1)[0])
+        batch = self.known_batch(cell_index, batch_seed) if self.known_batch else None
+        if batch is None:
+            if announce is not None:
+                announce()
+            cells = replace(self.store.read(cell_index & (REPEAT - 1)), cell_index=cell_index)
+            batch = self.make_batch(cells, epoch, batch_seed)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch.pin_memory() if on_gpu else batch
 
@@ -117,13 +130,9 @@ class CellDataModule(LightningDataModule):
         announce = _Announcer(self.store, self.order) if isinstance(self.order, BufferedShuffle) else None
 
         def make(epoch: int, step: int) -> Any:
-            if announce is not None:
-                announce(epoch, step, self.batch_size, rank, world)
             draws = self.order.batch(epoch, step, self.batch_size, rank, world)
-            cells = self.store.read(draws.rows)
-            return self._make(
-                replace(cells, cell_index=draws.rows + draws.repeats * REPEAT), epoch, step, rank
-            )
+            tell = partial(announce, epoch, step, self.batch_size, rank, world) if announce else None
+            return self._make(draws.rows + draws.repeats * REPEAT, epoch, step, tell)
 
         self._train_loader = BatchLoader(make, self.steps_per_epoch, self.threads)
         self._train_loader.load_state_dict(self._start)
@@ -137,7 +146,7 @@ class CellDataModule(LightningDataModule):
 
         def make(_: int, step: int) -> Any:
             rows = batch_rows(self.val_rows, step, self.batch_size, self.seed, 0, False, rank, world)
-            return self._make(self.store.read(rows), VALIDATION_EPOCH, step, rank)
+            return self._make(rows, VALIDATION_EPOCH, step)
 
         return BatchLoader(make, n_steps(len(self.val_rows), self.batch_size, world), self.threads)
 
