@@ -83,7 +83,7 @@ def embeds_once(config: Config, vocab: GeneVocab, n_train: int) -> bool:
 
 
 def embed_once(
-    bundle: ModelBundle, trainer: Trainer, store: CellStore, rows: np.ndarray, folder: Path
+    bundle: ModelBundle, store: CellStore, rows: np.ndarray, folder: Path, trainer: Trainer
 ) -> CellEmbeddings:
     """Embed the cells `rows` (int64, ascending) on the trainer's device, in its precision; each rank a share of them.
 
@@ -94,13 +94,13 @@ def embed_once(
     """
     log.info("The frozen backbone embeds %s cells, once for all epochs that it is frozen.", f"{len(rows):,}")
     started = time.perf_counter()
-    vectors = _kept(_blocks(bundle, trainer, store, rows), (len(rows), bundle.model.hidden_dim), folder)
+    vectors = _kept(_blocks(bundle, store, rows, trainer), (len(rows), bundle.model.hidden_dim), folder)
     log.info("%s cells are embedded, in %.1f s.", f"{len(rows):,}", time.perf_counter() - started)
     return CellEmbeddings(rows, vectors)
 
 
 def _blocks(
-    bundle: ModelBundle, trainer: Trainer, store: CellStore, rows: np.ndarray
+    bundle: ModelBundle, store: CellStore, rows: np.ndarray, trainer: Trainer
 ) -> Iterator[np.ndarray]:
     """Embeddings float32 (n, hidden_dim) of all rows, block by block, the same on each rank."""
     device, rank, world = trainer.strategy.root_device, trainer.global_rank, trainer.world_size

@@ -127,15 +127,16 @@ class FinetuningModule(TrainingModule):
             embedding = self.model.encode(tokens)
         return self.head(embedding)
 
-    def embedded_batch(self, cell_index: np.ndarray, values: np.ndarray, seed: int) -> LabelledBatch | None:
+    def embedded_batch(self, values: np.ndarray, cell_index: np.ndarray, seed: int) -> LabelledBatch | None:
         """The batch of some cells, with targets out of the `values` of all, while their embeddings are known."""
-        if self.embedded is None:
+        embedded = self.embedded
+        if embedded is None:
             return None
         rows = cell_index & (REPEAT - 1)
-        return LabelledBatch(EmbeddedCells(self.embedded.of(rows)), torch.from_numpy(values[rows]), 0, seed)
+        return LabelledBatch(EmbeddedCells(embedded.of(rows)), torch.from_numpy(values[rows]), 0, seed)
 
     def on_fit_start(self) -> None:
-        """Before a signal would wait for the end of a step, and before the clock of throughput runs."""
+        """Embed, before the clock of throughput runs and before Ctrl-C waits for the end of a step."""
         epoch = self.trainer.datamodule.state_dict()["epoch"]  # type: ignore[attr-defined]
         if self.embed is None or epoch >= self.frozen_epochs:
             return

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from lightning import Trainer
 
 from scmodelforge.config import Config
 from scmodelforge.data.batch import CellBatch
@@ -21,7 +21,7 @@ from scmodelforge.data.state import evenly
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError, ModelError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
-from scmodelforge.finetuning.frozen import CellEmbeddings, embed_once, embeds_once
+from scmodelforge.finetuning.frozen import embed_once, embeds_once
 from scmodelforge.finetuning.lora import add_lora, trainable_share
 from scmodelforge.finetuning.module import FinetuningModule, LabelledBatch
 from scmodelforge.inference import embed_store, open_for
@@ -134,7 +134,8 @@ def finetune(
         once = embeds_once(config, vocab, len(prepared.train_rows))
         scale_rows = None if resume else _rows_for_scale(prepared, seed)
         if scale_rows is not None and not once:
-            bundle.head.fit_scale(torch.from_numpy(embed_store(bundle, prepared.store, rows=scale_rows)))  # type: ignore[union-attr]
+            some = embed_store(bundle, prepared.store, rows=scale_rows)
+            bundle.head.fit_scale(torch.from_numpy(some))  # type: ignore[union-attr]
         bundle.model.train()
         bundle.model.requires_grad_(not config.finetune.freeze_backbone)
         for head in bundle.model.pretraining_heads:
@@ -154,20 +155,16 @@ def finetune(
         )
         tokenizer = build_tokenizer(config, vocab)
 
-        rows = np.sort(np.concatenate([prepared.train_rows, prepared.val_rows]))
-
-        def embed(trainer: Trainer) -> CellEmbeddings:
-            return embed_once(bundle, trainer, prepared.store, rows, folders.run)
-
-        module = FinetuningModule(bundle, embed if once else None, scale_rows if once else None)
+        module = FinetuningModule(bundle)
+        if once:
+            rows = np.sort(np.concatenate([prepared.train_rows, prepared.val_rows]))
+            embed = partial(embed_once, bundle, prepared.store, rows, folders.run)
+            module = FinetuningModule(bundle, embed, scale_rows)
 
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
             tokens = tokenizer(cells, seed, epoch)
             wanted = torch.from_numpy(values[cells.rows])
             return LabelledBatch(tokens, wanted, int(tokens.lengths.sum()), batch_seed)
-
-        def known_batch(cell_index: np.ndarray, batch_seed: int) -> LabelledBatch | None:
-            return module.embedded_batch(cell_index, values, batch_seed)
 
         is_classification = labels.task == "classification"
         return fit(
@@ -176,7 +173,7 @@ def finetune(
             prepared,
             make_batch,
             folders,
-            known_batch=known_batch,
+            known_batch=partial(module.embedded_batch, values),
             monitor="val_macro_f1" if is_classification else "val_loss",
             mode="max" if is_classification else "min",
             resume=resume,
