@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from scmodelforge.config import Config, Sampling, TokenizerConfig
+from scmodelforge.errors import DataError
 from scmodelforge.finetuning import frozen, run
 from scmodelforge.finetuning.frozen import embeds_once, frozen_epochs
 from scmodelforge.finetuning.run import finetune
@@ -27,6 +31,7 @@ STEPS = 6  # an epoch: 180 training cells in batches of 30
 FROZEN = {
     "frozen": {"freeze_backbone": True, "head_lr": 0.1},
     "gradual": {"freeze_backbone_epochs": 2},
+    "adapters": {"freeze_backbone_epochs": 2, "lora": {"enabled": True}},
     "regression": {
         "freeze_backbone": True,
         "label_key": "age",
@@ -183,6 +188,23 @@ def test_embeddings_too_large_for_memory_lie_in_the_run_folder_and_leave_nothing
         assert torch.equal(tensor, weights(on_disk)[name]), name
     left = [{path.name for path in (tmp_path / name).iterdir()} for name in ("memory", "disk")]
     assert left[0] == left[1]
+
+
+def test_a_full_disk_is_said_in_one_sentence(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(frozen, "IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: FullDisk())
+    with pytest.raises(DataError) as error:
+        finetune(finetune_config(tmp_path / "run", **FROZEN["frozen"]), backbone, data=CELLS)
+    assert str(error.value) == (
+        f"The embeddings of 240 cells need 0.0 GiB in '{tmp_path / 'run'}', and cannot be written: No space left on "
+        "device.\nMake room there, or choose another training.run_dir."
+    )
 
 
 def test_tokens_that_change_keep_the_backbone_at_work_and_that_is_said(
