@@ -158,6 +158,25 @@ def test_the_store_hears_of_each_buffer_once_before_it_is_read(threads: int, res
             assert np.isin(rows, known).all()
 
 
+def test_batches_that_are_known_are_neither_announced_nor_read() -> None:
+    store, told = open_slow()
+    order = training_order(store, np.arange(100), DataConfig(), 3)
+
+    def make_batch(cells, epoch, batch_seed):
+        return cells.cell_index
+
+    def known_batch(cell_index, batch_seed):
+        return cell_index if known else None
+
+    module = CellDataModule(store, order, np.arange(0), make_batch, 8, 3, 1, known_batch)
+    loader, known = module.train_dataloader(), True
+    np.testing.assert_array_equal(np.concatenate(list(loader)), epoch_of(order, 0, 8))
+    assert not told
+    known = False
+    np.testing.assert_array_equal(np.concatenate(list(loader)), epoch_of(order, 1, 8))
+    assert told, "the next epoch is read as ever"
+
+
 def test_a_setting_goes_before_the_wish_of_the_store() -> None:
     store, _ = open_slow(buffer=20, block=None)
     assert training_order(store, np.arange(100), DataConfig(shuffle_buffer=50), 3).buffer == 50

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ class CellDataModule(LightningDataModule):
         Seed of what is random in a batch.
     threads
         Threads that make batches.
+    known_batch
+        (cell_index, batch_seed) → a batch that needs no reading of these cells, or None where they must be read.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class CellDataModule(LightningDataModule):
         make_batch: Callable[[CellBatch, int, int], Any],
         seed: int,
         threads: int,
+        known_batch: Callable[[np.ndarray, int], Any | None] | None = None,
     ) -> None:
         super().__init__()
         self.store = store
@@ -86,6 +90,7 @@ class CellDataModule(LightningDataModule):
         self.make_batch = make_batch
         self.seed = seed
         self.threads = threads
+        self.known_batch = known_batch
         self._train_loader: BatchLoader[Any] | None = None
         self._start = {"epoch": 0, "step": 0}
 
@@ -98,9 +103,17 @@ class CellDataModule(LightningDataModule):
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0
 
-    def _make(self, cells: CellBatch, epoch: int, step: int, rank: int) -> Any:
-        batch_seed = int(np.random.SeedSequence([self.seed, epoch, step, rank]).generate_state(1)[0])
-        batch = self.make_batch(cells, epoch, batch_seed)
+    def _make(
+        self, cell_index: np.ndarray, epoch: int, step: int, announce: Callable[[], None] | None = None
+    ) -> Any:
+        seeds = np.random.SeedSequence([self.seed, epoch, step, self._rank])
+        batch_seed = int(seeds.generate_state(1)[0])
+        batch = self.known_batch(cell_index, batch_seed) if self.known_batch else None
+        if batch is None:
+            if announce is not None:
+                announce()
+            cells = replace(self.store.read(cell_index & (REPEAT - 1)), cell_index=cell_index)
+            batch = self.make_batch(cells, epoch, batch_seed)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch.pin_memory() if on_gpu else batch
 
@@ -116,13 +129,9 @@ class CellDataModule(LightningDataModule):
             announce = _Announcer(self.store, batches.order, batches.batch_size, rank, batches.world)
 
         def make(epoch: int, step: int) -> Any:
-            if announce is not None:
-                announce(epoch, step)
             draws = batches.batch(epoch, step, rank)
-            cells = self.store.read(draws.rows)
-            return self._make(
-                replace(cells, cell_index=draws.rows + draws.repeats * REPEAT), epoch, step, rank
-            )
+            tell = partial(announce, epoch, step) if announce else None
+            return self._make(draws.rows + draws.repeats * REPEAT, epoch, step, tell)
 
         self._train_loader = BatchLoader(make, self.steps_per_epoch, self.threads)
         self._train_loader.load_state_dict(self._start)
@@ -135,9 +144,7 @@ class CellDataModule(LightningDataModule):
         rank, batches = self._rank, self.validation
 
         def make(_: int, step: int) -> Any:
-            return self._make(
-                self.store.read(batches.batch(0, step, rank).rows), VALIDATION_EPOCH, step, rank
-            )
+            return self._make(batches.batch(0, step, rank).rows, VALIDATION_EPOCH, step)
 
         return BatchLoader(make, batches.n_steps, self.threads)
 

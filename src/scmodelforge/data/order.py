@@ -190,9 +190,14 @@ class Batches(Protocol):
 
     Attributes
     ----------
+    order
+        Where the cells come from.
     n_steps
         Batches of each rank in an epoch.
     """
+
+    @property
+    def order(self) -> Order: ...
 
     @property
     def n_steps(self) -> int: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from scmodelforge.data.state import evenly
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import DataError, ModelError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
+from scmodelforge.finetuning.frozen import embed_once, embeds_once
 from scmodelforge.finetuning.lora import add_lora, trainable_share
 from scmodelforge.finetuning.module import FinetuningModule, LabelledBatch
 from scmodelforge.inference import embed_store, open_for
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
     Labels,
-    ModelBundle,
     build_head,
     load_model,
     with_model_of,
@@ -130,8 +131,11 @@ def finetune(
 
         seed = config.training.seed
         bundle = replace(pretrained, config=config, labels=labels, head=build_head(config, labels, seed))
-        if not resume:
-            _fit_head_scale(bundle, prepared, seed)
+        once = embeds_once(config, vocab, len(prepared.train_rows))
+        scale_rows = None if resume else _rows_for_scale(prepared, seed)
+        if scale_rows is not None and not once:
+            some = embed_store(bundle, prepared.store, rows=scale_rows)
+            bundle.head.fit_scale(torch.from_numpy(some))  # type: ignore[union-attr]
         bundle.model.train()
         bundle.model.requires_grad_(not config.finetune.freeze_backbone)
         for head in bundle.model.pretraining_heads:
@@ -151,18 +155,26 @@ def finetune(
         )
         tokenizer = build_tokenizer(config, vocab)
 
+        module = FinetuningModule(bundle)
+        if once:
+            rows = np.sort(np.concatenate([prepared.train_rows, prepared.val_rows]))
+            embed = partial(embed_once, bundle, prepared.store, rows, folders.run)
+            module = FinetuningModule(bundle, embed, scale_rows)
+
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
             tokens = tokenizer(cells, seed, epoch)
+            packed = bundle.model.readable(tokens, config.training.tokens_per_batch)
             wanted = torch.from_numpy(values[cells.rows])
-            return LabelledBatch(tokens, wanted, int(tokens.lengths.sum()), batch_seed)
+            return LabelledBatch(packed, wanted, int(tokens.lengths.sum()), batch_seed)
 
         is_classification = labels.task == "classification"
         return fit(
-            FinetuningModule(bundle),
+            module,
             bundle,
             prepared,
             make_batch,
             folders,
+            known_batch=partial(module.embedded_batch, values),
             monitor="val_macro_f1" if is_classification else "val_loss",
             mode="max" if is_classification else "min",
             resume=resume,
@@ -186,13 +198,12 @@ def _warn_of_no_effect(config: Config) -> None:
         )
 
 
-def _fit_head_scale(bundle: ModelBundle, prepared: TrainingData, seed: int) -> None:
-    """Let the head know the spread of the pretrained embeddings, on some of the training cells."""
+def _rows_for_scale(prepared: TrainingData, seed: int) -> np.ndarray:
+    """int64, ascending: some training cells, whose pretrained embeddings tell the head their spread."""
     chosen = np.random.default_rng(seed).permutation(prepared.train_rows)[:CELLS_FOR_SCALE]
     if any(matrix.shuffle_buffer for matrix in prepared.store.matrices):
         chosen = prepared.train_rows[evenly(len(prepared.train_rows), CELLS_FOR_SCALE, in_runs=True)]
-    embeddings = embed_store(bundle, prepared.store, rows=np.sort(chosen))
-    bundle.head.fit_scale(torch.from_numpy(embeddings))  # type: ignore[union-attr]
+    return np.sort(chosen)
 
 
 def read_targets(store: CellStore, config: Config) -> Targets:

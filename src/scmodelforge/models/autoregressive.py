@@ -78,7 +78,7 @@ class AutoregressiveTransformer(CellTransformer):
         return hidden if packed is tokens else unpack(hidden, packed, tokens.input_ids.shape[1])
 
     def encode(self, tokens: TokenBatch | PackedTokens, pooling: str | None = None) -> torch.Tensor:
-        """Cell embeddings (n_cells, width); the same whatever cells they come with. Packed cells are taken as `read`.
+        """Cell embeddings (n_cells, width); the same whatever cells they come with.
 
         `<eos>` is not read, and neither is the last gene of a cell that fills the window: what a causal model reads
         is what it was trained to go on from.
@@ -93,18 +93,19 @@ class AutoregressiveTransformer(CellTransformer):
                 "pooling 'cls' says nothing about a cell in an autoregressive model: <cls> comes first, and its hidden "
                 "state has seen no gene. Use pooling 'mean' or 'window'."
             )
-        packed = self.packed(tokens if isinstance(tokens, PackedTokens) else self.read(tokens))
+        packed = self.readable(tokens) if isinstance(tokens, TokenBatch) else tokens
         return self.cell_embedding(self(packed, embed=True), packed, pooling)
 
-    def read(self, tokens: TokenBatch) -> TokenBatch:
+    def readable(self, tokens: TokenBatch, total: int | None = None) -> PackedTokens:
         """The tokens that go in: without `<eos>`, and at most as many as the window holds."""
         length = min(tokens.input_ids.shape[1] - self.appends_eos, self.max_length)
-        return replace(
+        read = replace(
             tokens,
             input_ids=tokens.input_ids[:, :length],
             values=tokens.values[:, :length],
             lengths=(tokens.lengths - int(self.appends_eos)).clamp(max=length),
         )
+        return self.packing(read, total)
 
     def genes_at(self, hidden: torch.Tensor, places: torch.Tensor) -> GenePrediction:
         """What the head says about the tokens that follow flat places (m) of hidden states, packed or padded."""

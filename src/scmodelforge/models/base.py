@@ -61,6 +61,10 @@ class CellTransformer(nn.Module):
         """The same cells without padding."""
         return self.packing(tokens) if isinstance(tokens, TokenBatch) else tokens
 
+    def readable(self, tokens: TokenBatch, total: int | None = None) -> PackedTokens:
+        """What `encode` reads of cells, packed; `total` as in `Packing`."""
+        return self.packing(tokens, total)
+
     def inputs(self, tokens: PackedTokens) -> torch.Tensor:
         """Embedded tokens and obs columns, float (total, width)."""
         x = self.embedding(tokens)
@@ -100,7 +104,7 @@ class CellTransformer(nn.Module):
 
     def encode(self, tokens: TokenBatch | PackedTokens, pooling: str | None = None) -> torch.Tensor:
         """Cell embeddings (n_cells, width); the same whatever cells they come with."""
-        packed = self.packed(tokens)
+        packed = self.readable(tokens) if isinstance(tokens, TokenBatch) else tokens
         return self.cell_embedding(self(packed), packed, pooling)
 
 

@@ -105,7 +105,7 @@ def training_flops(model: CellTransformer, lengths: torch.Tensor, asked: torch.T
 
 def _with_obs(model: CellTransformer, lengths: torch.Tensor) -> torch.Tensor:
     """Lengths with the tokens of obs columns; a cell without tokens is computed as one."""
-    n_obs = 0 if model.obs_embedding is None else len(model.obs_embedding.places)
+    n_obs = 0 if model.obs_embedding is None else len(model.obs_embedding.columns)
     return lengths.clamp(min=1) + n_obs
 
 

@@ -12,6 +12,7 @@ from scmodelforge.data.batch import CellBatch
 from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.gene_sequence import n_special
 
 
 class Tokenizer(Protocol):
@@ -35,3 +36,17 @@ def build_tokenizer(config: Config, vocab: GeneVocab) -> Tokenizer:
     """The tokenizer that a config names."""
     strategy: type[Tokenizer] = registry.TOKENIZERS.load(config.tokenizer.strategy)
     return strategy(config, vocab)
+
+
+def what_differs_by_epoch(config: Config, vocab: GeneVocab) -> str:
+    """Why a cell may have other tokens in another epoch of training; empty where it always has the same."""
+    tokenizer = config.tokenizer
+    if tokenizer.strategy == "rank_value":
+        return ""
+    if tokenizer.strategy == "binned_expression":
+        return "binned_expression spreads equal values over their bins at random"
+    if tokenizer.gene_order == "random":
+        return "tokenizer.gene_order is random"
+    if tokenizer.overlong == "sample" and vocab.n_genes + n_special(tokenizer) > tokenizer.max_genes:
+        return "tokenizer.overlong: sample draws genes of cells with more than tokenizer.max_genes"
+    return ""

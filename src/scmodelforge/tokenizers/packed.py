@@ -43,6 +43,8 @@ class PackedTokens(DeviceBatch):
         int64 (n_cells): as in `TokenBatch`.
     max_length
         No sequence is longer. A fixed number, so that nobody has to ask the device.
+    n_padding
+        Length of the tail.
     obs
         int64 (n_cells, n_columns): as in `TokenBatch`.
     obs_places, obs_rows
@@ -59,6 +61,7 @@ class PackedTokens(DeviceBatch):
     lengths: torch.Tensor
     cell_index: torch.Tensor
     max_length: int
+    n_padding: int = 0
     obs: torch.Tensor | None = None
     obs_places: torch.Tensor | None = None
     obs_rows: torch.Tensor | None = None
@@ -140,6 +143,7 @@ class Packing:
             lengths=lengths,
             cell_index=tokens.cell_index,
             max_length=max(self.longest, tokens.input_ids.shape[1] + read.shape[1]),
+            n_padding=tail,
             obs=tokens.obs,
             obs_places=torch.nonzero(~is_token)[:, 0] if self.obs_places else None,
             obs_rows=(read + self._first_rows(device))[shown] if self.obs_places else None,

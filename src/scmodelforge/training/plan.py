@@ -19,9 +19,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from scmodelforge.config import Config, TrainingConfig
 from scmodelforge.config_idle import say_idle_keys
-from scmodelforge.data.module import CellDataModule, training_order
+from scmodelforge.data.module import CellDataModule
 from scmodelforge.data.state import evenly
 from scmodelforge.errors import UserError
+from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.memory import activation_bytes, available_bytes, fixed_bytes, saved_bytes
 from scmodelforge.training.optim import total_steps
 from scmodelforge.training.pretraining import Pretraining, given_model, set_up
@@ -145,9 +146,8 @@ def plan(config: Config, data: AnnData | None = None) -> Plan:
         else:
             measured, performance = _try_steps(run, cells, batch, device)
 
-        n_draws = cells.order.n_draws
+        n_draws = cells.training.order.n_draws
         steps_per_epoch, processes = cells.steps_per_epoch, n_processes(training)
-        steps_per_epoch = -(-steps_per_epoch // processes)
         steps = total_steps(training, steps_per_epoch)
         seconds = _seconds(run, performance, n_draws, steps, steps_per_epoch, processes)
         _warn(training, steps_per_epoch, seconds)
@@ -172,18 +172,12 @@ def plan(config: Config, data: AnnData | None = None) -> Plan:
 
 
 def _cells(run: Pretraining) -> CellDataModule:
-    """The batches of `train`, for one process."""
+    """The batches of `train`, for the first process."""
     prepared, config = run.prepared, run.bundle.config
     training = config.training
-    order = training_order(prepared.store, prepared.train_rows, config.data, training.seed)
+    batches, _ = choose_batches(run.bundle, prepared, read_through=False)
     return CellDataModule(
-        prepared.store,
-        order,
-        prepared.val_rows[:0],
-        run.make_batch,
-        training.batch_size,
-        training.seed,
-        training.loader_threads,
+        prepared.store, batches, None, run.make_batch, training.seed, training.loader_threads
     )
 
 
@@ -197,10 +191,11 @@ def _sample(run: Pretraining) -> tuple[np.ndarray, float, float]:
     lengths, flops, n_asked, n_read = [], 0.0, 0, 0
     for start in range(0, len(chosen), training.batch_size):
         cells = store.read(chosen[start : start + training.batch_size])
-        lengths.append(run.tokenizer(cells, training.seed, 0).lengths.numpy())
-        batch = run.make_batch(cells, 0, 0)
+        tokens = run.tokenizer(cells, training.seed, 0)
+        lengths.append(tokens.lengths.numpy())
+        batch = run.task.pack(run.task.corrupt(tokens, training.seed, 0))
         flops += float(module.flops(batch))
-        n_asked += len(batch.asked)
+        n_asked += batch.n_asked
         n_read += int(batch.tokens.lengths.sum())
     return np.concatenate(lengths), flops / len(chosen), n_asked / max(n_read, 1)
 

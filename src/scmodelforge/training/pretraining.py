@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from scmodelforge.models.bundle import (
 )
 from scmodelforge.models.embeddings import ExternalGenes
 from scmodelforge.models.objectives import build_objective
-from scmodelforge.models.objectives.batch import Objective, TrainingBatch
+from scmodelforge.models.objectives.batch import Objective, PackedBatch, Sizes
 from scmodelforge.tokenizers.base import Tokenizer, build_tokenizer
 from scmodelforge.training.data import TrainingData, prepare_data, prepare_given
 from scmodelforge.training.module import PretrainingModule
@@ -58,10 +59,11 @@ class Pretraining:
         """What Lightning trains."""
         return PretrainingModule(self.bundle, self.bundle.config.training, self.task)
 
-    def make_batch(self, cells: CellBatch, epoch: int, batch_seed: int) -> TrainingBatch:
-        """Tokens with some of them hidden; a pure function of seed, epoch and cells."""
-        seed = self.bundle.config.training.seed
-        return self.task.corrupt(self.tokenizer(cells, seed, epoch), seed, epoch, batch_seed)
+    def make_batch(self, cells: CellBatch, epoch: int, batch_seed: int) -> PackedBatch:
+        """Tokens with some of them hidden, packed; a pure function of seed, epoch and cells."""
+        seed, sizes = self.bundle.config.training.seed, fixed_sizes(self.bundle.config)
+        hidden = self.task.corrupt(self.tokenizer(cells, seed, epoch), seed, epoch, batch_seed)
+        return self.task.pack(hidden, **sizes)
 
     def announce(self) -> None:
         """Say what there is to train, and on what."""
@@ -74,6 +76,26 @@ class Pretraining:
             f"{self.bundle.vocab.n_genes:,}",
             f"{self.bundle.n_parameters:,}",
         )
+
+
+def fixed_sizes(config: Config) -> Sizes:
+    """What batches are filled up to, so that their sizes hardly change from step to step.
+
+    With `training.tokens_per_batch` that is the budget, and as many questions as masking asks in nearly all batches.
+    What a task asks beside its tokens (generated and reconstructed genes) varies, and so do the sizes then.
+    """
+    total = config.training.tokens_per_batch
+    architecture, task = config.model.architecture, config.model.pretraining_task
+    generates = architecture == "autoregressive_transformer" and task == "expression_reconstruction"
+    if architecture == "masked_autoencoder" or generates:
+        return {}
+    if total is None:
+        return {"n_asked": 1}
+    if architecture == "autoregressive_transformer":
+        return {"total": total, "n_asked": total}
+    share = config.tokenizer.masking.mask_ratio
+    expected = total * share
+    return {"total": total, "n_asked": math.ceil(expected + 4 * math.sqrt(expected * (1 - share)))}
 
 
 def set_up(

@@ -150,6 +150,7 @@ def fit(
     make_batch: Any,
     folders: RunFolders,
     *,
+    known_batch: Any = None,
     monitor: str,
     mode: str = "min",
     resume: str | Path | None = None,
@@ -173,6 +174,7 @@ def fit(
         make_batch,
         training.seed,
         training.loader_threads,
+        known_batch,
     )
     has_validation = len(prepared.val_rows) > 0
     if not has_validation:

@@ -41,8 +41,8 @@ from scmodelforge.training.processes import (
     started_by_torchrun,
     started_processes,
 )
-from scmodelforge.training.throughput import Throughput
 from scmodelforge.training.sharded import ShardedStrategy
+from scmodelforge.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 

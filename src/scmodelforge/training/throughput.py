@@ -77,10 +77,8 @@ class Work:
         Time, and how much of it went into waiting for data.
     steps, cells, tokens
         Batches, and what is real in them.
-    slots
-        Places for tokens that were computed on, padding included.
-    filled
-        0-dimensional: how many of them hold a token.
+    padding
+        Places that were computed on without holding a token.
     flops
         0-dimensional float64: FLOPs by the formula; 0 where they are not counted.
     """
@@ -90,8 +88,7 @@ class Work:
     steps: int = 0
     cells: int = 0
     tokens: int = 0
-    slots: int = 0
-    filled: torch.Tensor | int = 0
+    padding: int = 0
     flops: torch.Tensor | float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -99,16 +96,10 @@ class Work:
 
     def count(self, batch: Any) -> None:
         """Add the sizes of a batch."""
-        tokens = batch.tokens
         self.steps += 1
-        self.cells += tokens.n_cells
+        self.cells += batch.tokens.n_cells
         self.tokens += batch.n_tokens
-        self.slots += tokens.input_ids.numel()
-        self.filled = self.filled + tokens.lengths.sum()
-        queries = getattr(batch, "queries", None)
-        if queries is not None:  # genes that are asked beside the tokens
-            self.slots += queries.numel()
-            self.filled = self.filled + len(batch.asked)
+        self.padding += batch.n_padding
 
     def figures(self, world: int) -> dict[str, float]:
         """Rates of all ranks together, and shares between 0 and 1."""
@@ -118,7 +109,7 @@ class Work:
             "tokens_per_second": self.tokens * world / seconds,
             "seconds_per_step": seconds / max(self.steps, 1),
             "data_wait_share": self.waited / seconds,
-            "padding_share": 1 - float(self.filled) / max(self.slots, 1),
+            "padding_share": self.padding / max(self.tokens + self.padding, 1),
         }
 
 

@@ -96,6 +96,11 @@ class PackedBatch(DeviceBatch):
     n_asked: int
     queries: PackedQueries | None = None
 
+    @property
+    def n_padding(self) -> int:
+        """Places without a token."""
+        return self.tokens.n_padding
+
 
 def pack(
     batch: TrainingBatch | PackedBatch,
