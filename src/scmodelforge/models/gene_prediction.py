@@ -59,8 +59,9 @@ class GenePrediction:
 
     def chunks(self, genes: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """float32 logits and true genes of some rows at a time, for the first states as there are `genes`."""
-        for rows in row_chunks(self.states[: len(genes)]):
-            part = GenePrediction(self.states[rows], self.weight, self.bias, self.soft_cap)
+        states = self.states[: len(genes)]
+        for rows in row_chunks(states):
+            part = GenePrediction(states[rows], self.weight, self.bias, self.soft_cap)
             yield part.logits.float(), genes[rows]
 
 
