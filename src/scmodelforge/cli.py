@@ -140,7 +140,7 @@ def embed(
     pooling: Annotated[
         str | None, typer.Option("--pooling", help="mean, cls or window; default: the model's.")
     ] = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = 256,
     precision: PrecisionOption = None,
     dask: DaskOption = None,
     config: ConfigOption = None,
@@ -181,7 +181,7 @@ def annotate(
     data: DataOption,
     output: OutputOption = None,
     in_place: InPlaceOption = False,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = 256,
     precision: PrecisionOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -74,7 +74,7 @@ def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfi
 def embed_store(
     bundle: ModelBundle,
     store: CellStore,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
     device: str | None = None,
     rows: np.ndarray | None = None,
@@ -98,7 +98,7 @@ def embeddings_of(
     bundle: ModelBundle,
     store: CellStore,
     rows: np.ndarray,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
     device: str | None = None,
     precision: str | None = None,
@@ -131,7 +131,7 @@ def embeddings_of(
 def predict_store(
     bundle: ModelBundle,
     store: CellStore,
-    batch_size: int = 64,
+    batch_size: int = 256,
     device: str | None = None,
     precision: str | None = None,
 ) -> pd.DataFrame:
@@ -158,7 +158,7 @@ def outputs_of(
     bundle: ModelBundle,
     store: CellStore,
     rows: np.ndarray,
-    batch_size: int = 64,
+    batch_size: int = 256,
     device: str | None = None,
     precision: str | None = None,
 ) -> Iterator[Computed]:
@@ -211,7 +211,7 @@ def embed(
     model: ModelBundle | str | Path,
     *,
     key_added: str = EMBEDDING_KEY,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
     precision: str | None = None,
     config: DataConfig | None = None,
@@ -251,7 +251,7 @@ def annotate(
     data: AnnData,
     model: ModelBundle | str | Path,
     *,
-    batch_size: int = 64,
+    batch_size: int = 256,
     precision: str | None = None,
     config: DataConfig | None = None,
     copy: bool = False,

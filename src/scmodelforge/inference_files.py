@@ -46,7 +46,7 @@ def embed_file(
     model: ModelBundle | str | Path,
     *,
     key_added: str = EMBEDDING_KEY,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
     precision: str | None = None,
     config: Config | None = None,
@@ -84,7 +84,7 @@ def annotate_file(
     output: str | Path,
     model: ModelBundle | str | Path,
     *,
-    batch_size: int = 64,
+    batch_size: int = 256,
     precision: str | None = None,
     config: Config | None = None,
 ) -> pd.DataFrame:

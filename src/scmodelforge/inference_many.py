@@ -32,7 +32,7 @@ def embed_files(
     model: str | Path,
     *,
     key_added: str = EMBEDDING_KEY,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
     precision: str | None = None,
     config: Config | None = None,

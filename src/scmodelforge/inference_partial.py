@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from scmodelforge.errors import DataError
-from scmodelforge.files import sole_writer, write_text
+from scmodelforge.files import ensure_writable, sole_writer, write_text
 from scmodelforge.inference_batches import Computed
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,14 @@ def kept_rows(
 
     Raises
     ------
-    DataError
-        If rows cannot be written.
+    UserError
+        If the folder or rows cannot be written.
     """
     folder = output.with_name(f"{output.name}.partial")
     made_of = functools.cache(made_of)
-    folder.mkdir(exist_ok=True)
+    ensure_writable(folder)
     with sole_writer(folder):
-        folder.mkdir(exist_ok=True)  # the process that was waited for has removed it
+        ensure_writable(folder)  # the process that was waited for has removed it
         for left_over in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
             left_over.unlink(missing_ok=True)
         complete = False
