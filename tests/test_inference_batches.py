@@ -16,7 +16,7 @@ from scmodelforge import inference_batches
 from scmodelforge.data.batch import MeasuredGenes
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import UserError
-from scmodelforge.inference import embed_store, open_for, predict_store
+from scmodelforge.inference import annotate, embed, embed_store, open_for, predict_store
 from scmodelforge.inference_batches import within_budget
 from scmodelforge.models.bundle import ModelBundle
 from scmodelforge.tokenizers.batch import TokenBatch
@@ -195,3 +195,6 @@ def test_what_is_no_precision_or_pooling_is_refused(bundle: ModelBundle, store: 
         embed_store(bundle, store, precision="16")
     with pytest.raises(UserError, match="pooling is 'max'; it must be mean, cls or window"):
         embed_store(bundle, store, pooling="max")
+    for use in (embed, annotate):
+        with pytest.raises(UserError, match="precision is 'half'; it must be 32 or bf16"):
+            use(marker_cells(5), bundle, precision="half")
