@@ -13,6 +13,7 @@ from scipy import sparse
 from scmodelforge.config import Config, DataConfig, Masking, Preprocessing, TokenizerConfig
 from scmodelforge.data.batch import CellBatch, MeasuredGenes
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, GeneVocab
+from scmodelforge.models.bundle import Labels, ModelBundle, build_head, build_model
 from scmodelforge.models.objectives.masked import MaskedPrediction
 from scmodelforge.tokenizers.rank_value import RankValueTokenizer
 
@@ -133,3 +134,11 @@ def rank_tokenizer(
 def masked_genes(masking: Masking, vocab: GeneVocab) -> MaskedPrediction:
     """Masked gene prediction on rank tokens."""
     return MaskedPrediction(Config(tokenizer=TokenizerConfig(masking=masking)), vocab)
+
+
+def untrained_annotator() -> ModelBundle:
+    """A tiny model of the 40 genes of `marker_cells` with a head for their cell types, always the same."""
+    config = tiny_config(Path("nowhere"))
+    vocab, labels = make_vocab(40), Labels("cell_type", "classification", tuple(MARKERS))
+    model, head = build_model(config, vocab, seed=0), build_head(config, labels, seed=0)
+    return ModelBundle(config, vocab, model.eval(), labels, head.eval())

@@ -21,15 +21,9 @@ from scipy import sparse
 
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.errors import DataError, ModelError
-from scmodelforge.inference import (
-    annotate,
-    annotate_file,
-    embed,
-    embed_file,
-    open_for,
-    token_batches,
-    tokens,
-)
+from scmodelforge.inference import annotate, embed, open_for, tokens
+from scmodelforge.inference_batches import token_batches
+from scmodelforge.inference_files import annotate_file, embed_file
 from scmodelforge.models.bundle import ModelBundle, build_model
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.run import RunResult

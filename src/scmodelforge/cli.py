@@ -10,7 +10,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,7 +45,10 @@ DaskOption = Annotated[
     str | None,
     typer.Option("--dask", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it."),
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Cells per batch.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Most cells of a batch.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="32 or bf16; default: bf16 on a GPU that has it, else 32.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -188,7 +191,8 @@ def embed(
     pooling: Annotated[
         str | None, typer.Option("--pooling", help="mean, cls or window; default: the model's.")
     ] = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = 256,
+    precision: PrecisionOption = None,
     dask: DaskOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -202,27 +206,23 @@ def embed(
         raise UserError("Many files need a folder to write into: --output DIR.")
     if pooling not in (None, "mean", "cls", "window"):
         raise UserError(f"--pooling is '{pooling}'; it must be mean, cls or window.")
+    how: dict[str, Any] = {
+        "key_added": key,
+        "batch_size": batch_size,
+        "pooling": pooling,
+        "precision": precision,
+        "config": settings,
+    }
     if many:
         from scmodelforge.inference_many import embed_files, files_of
 
-        counts = embed_files(
-            files_of(data),
-            output,  # type: ignore[arg-type]
-            model,
-            key_added=key,
-            batch_size=batch_size,
-            pooling=pooling,
-            config=settings,
-            dask=dask,
-        )
+        counts = embed_files(files_of(data), output, model, dask=dask, **how)  # type: ignore[arg-type]
         print(f"{sum(counts.values()):,} cells of {len(counts):,} files embedded: obsm['{key}'] in {output}")
         return
-    from scmodelforge.inference import embed_file
+    from scmodelforge.inference_files import embed_file
 
     target = _target(Path(data[0]), output, in_place)
-    n_cells = embed_file(
-        data[0], target, model, key_added=key, batch_size=batch_size, pooling=pooling, config=settings
-    )
+    n_cells = embed_file(data[0], target, model, **how)
     print(f"{n_cells:,} cells embedded: obsm['{key}'] of {target}")
 
 
@@ -232,7 +232,8 @@ def annotate(
     data: DataOption,
     output: OutputOption = None,
     in_place: InPlaceOption = False,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = 256,
+    precision: PrecisionOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -241,9 +242,11 @@ def annotate(
 
     file = _one(data)
     settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(file, output, in_place)
-    from scmodelforge.inference import annotate_file
+    from scmodelforge.inference_files import annotate_file
 
-    predictions = annotate_file(file, target, model, batch_size=batch_size, config=settings)
+    predictions = annotate_file(
+        file, target, model, batch_size=batch_size, precision=precision, config=settings
+    )
     name = predictions.columns[0]
     if predictions[name].dtype == "category":
         for label, count in predictions[name].value_counts().items():

@@ -1,34 +1,32 @@
-"""Using a trained model: embeddings and labels for cells, in an AnnData or in an .h5ad file.
+"""Using a trained model: embeddings and labels for cells of a store or an AnnData, and what a cell becomes.
 
-Results do not depend on the batch that a cell came with. Files are never loaded whole: results are written
-into a copy of the file (or into the file itself), which appears under its name only when it is complete.
+Results come in the order of the cells, and do not depend on the batch that a cell came with.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from anndata.io import write_elem
 
 from scmodelforge.config import Config, DataConfig
-from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.sources import Source, located, open_matrix
 from scmodelforge.data.species import species_of_matrices
 from scmodelforge.data.store import CellStore, obs_categories, open_store
-from scmodelforge.data.zarr import is_zarr
-from scmodelforge.errors import DataError, ModelError
-from scmodelforge.files import atomic_path, ensure_target
+from scmodelforge.errors import DataError, ModelError, UserError
 from scmodelforge.genes.vocab import VOCAB_LAYOUTS, read_medians, resolve_vocab
+from scmodelforge.inference_batches import (
+    Computed,
+    compute_cells,
+    default_device,
+    precision_for,
+    warn_of_empty,
+)
 from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.base import build_tokenizer
@@ -37,7 +35,6 @@ from scmodelforge.tokenizers.batch import TokenBatch
 log = logging.getLogger(__name__)
 
 EMBEDDING_KEY = "X_scmodelforge"
-THREADS = 2
 
 
 def as_bundle(model: ModelBundle | str | Path) -> ModelBundle:
@@ -45,17 +42,12 @@ def as_bundle(model: ModelBundle | str | Path) -> ModelBundle:
     return model if isinstance(model, ModelBundle) else load_model(model)
 
 
-def _bundle_for(model: ModelBundle | str | Path, config: Config | None) -> ModelBundle:
+def bundle_for(model: ModelBundle | str | Path, config: Config | None) -> ModelBundle:
     """A loaded model that `config` does not contradict."""
     bundle = as_bundle(model)
     if config is not None:
         with_model_of(config, bundle, "memory" if isinstance(model, ModelBundle) else str(model))
     return bundle
-
-
-def default_device() -> str:
-    """The first GPU, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfig | None = None) -> CellStore:
@@ -79,61 +71,69 @@ def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfi
     return open_store(sources, bundle.vocab, config or DataConfig(), selected_genes=selected)
 
 
-def token_batches(
-    bundle: ModelBundle, store: CellStore, rows: np.ndarray, batch_size: int
-) -> Iterator[TokenBatch]:
-    """Token batches of the given rows of a store, in their order, made by threads ahead of the model."""
-    tokenizer = build_tokenizer(bundle.config, bundle.vocab)
-    in_order = (
-        bundle.config.tokenizer.bin_ties == "numpy"
-    )  # numpy's generator serves one cell after the other
-
-    def make(epoch: int, step: int) -> TokenBatch:
-        return tokenizer(store.read(rows[step * batch_size : (step + 1) * batch_size]))
-
-    yield from BatchLoader(make, -(-len(rows) // batch_size), 1 if in_order else THREADS)
-
-
 def embed_store(
     bundle: ModelBundle,
     store: CellStore,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
     device: str | None = None,
     rows: np.ndarray | None = None,
+    precision: str | None = None,
 ) -> np.ndarray:
-    """Embed cells of a store: all of them, or the given rows; float32 (n_cells, hidden_dim) in that order."""
-    device = device or default_device()
-    model = bundle.model.to(device).eval()
-    if (pooling or model.pooling) == "cls" and not bundle.config.tokenizer.prepend_cls:
-        log.warning("pooling cls: this model has no <cls> token, so the first gene's hidden state is taken.")
+    """Embed cells of a store: all of them, or the given rows; float32 (n_cells, hidden_dim) in that order.
+
+    `precision` is "32" or "bf16"; None: bf16 on a GPU that has it, else 32.
+    """
     rows = np.arange(store.n_cells) if rows is None else rows
-    embeddings = np.empty((len(rows), model.hidden_dim), dtype=np.float32)
+    embeddings = np.empty((len(rows), bundle.model.hidden_dim), dtype=np.float32)
     done, n_empty = 0, 0
-    with torch.inference_mode():
-        for tokens in token_batches(bundle, store, rows, batch_size):
-            vectors = model.encode(tokens.to(device), pooling)
-            embeddings[done : done + tokens.n_cells] = vectors.float().cpu().numpy()
-            done += tokens.n_cells
-            n_empty += _n_empty(bundle, tokens)
-    _warn_of_empty(n_empty, "embedding")
+    for part in embeddings_of(bundle, store, rows, batch_size, pooling, device, precision):
+        embeddings[done : done + len(part.values)] = part.values
+        done, n_empty = done + len(part.values), n_empty + part.n_empty
+    warn_of_empty(n_empty, "embedding")
     return embeddings
 
 
-def _n_empty(bundle: ModelBundle, tokens: TokenBatch) -> int:
-    expressed = (tokens.values > 0) & (tokens.input_ids >= bundle.vocab.first_gene_token)
-    return int((~expressed.any(dim=1)).sum())
+def embeddings_of(
+    bundle: ModelBundle,
+    store: CellStore,
+    rows: np.ndarray,
+    batch_size: int = 256,
+    pooling: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+) -> Iterator[Computed]:
+    """As `embed_store`, some cells at a time.
 
-
-def _warn_of_empty(n_cells: int, what: str) -> None:
-    if n_cells:
-        log.warning(
-            "%s cells have no gene that the model knows: their %s says nothing.", f"{n_cells:,}", what
-        )
+    Raises
+    ------
+    UserError
+        If there is no such pooling or precision, or a cell alone does not fit into the memory.
+    """
+    if pooling not in (None, "mean", "cls", "window"):
+        raise UserError(f"pooling is '{pooling}'; it must be mean, cls or window.")
+    device = device or default_device()
+    precision = precision_for(precision, device)
+    model = bundle.model.to(device).eval()
+    if (pooling or model.pooling) == "cls" and not bundle.config.tokenizer.prepend_cls:
+        log.warning("pooling cls: this model has no <cls> token, so the first gene's hidden state is taken.")
+    return compute_cells(
+        bundle,
+        store,
+        rows,
+        lambda tokens: model.encode(tokens, pooling),
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+    )
 
 
 def predict_store(
-    bundle: ModelBundle, store: CellStore, batch_size: int = 64, device: str | None = None
+    bundle: ModelBundle,
+    store: CellStore,
+    batch_size: int = 256,
+    device: str | None = None,
+    precision: str | None = None,
 ) -> pd.DataFrame:
     """Predict the labels of all cells of a store with a fine-tuned model.
 
@@ -146,31 +146,59 @@ def predict_store(
     ------
     ModelError
         If the model was not fine-tuned.
+    UserError
+        If there is no such precision, or a cell alone does not fit into the memory.
     """
-    labels, head = _require_labels(bundle)
+    parts = list(outputs_of(bundle, store, np.arange(store.n_cells), batch_size, device, precision))
+    warn_of_empty(sum(part.n_empty for part in parts), "label")
+    return labels_of(bundle, np.concatenate([part.values for part in parts]), store.obs.index)
+
+
+def outputs_of(
+    bundle: ModelBundle,
+    store: CellStore,
+    rows: np.ndarray,
+    batch_size: int = 256,
+    device: str | None = None,
+    precision: str | None = None,
+) -> Iterator[Computed]:
+    """What `labels_of` makes labels of, some cells at a time: number of the class and its probability, or the value."""
+    labels, head = require_labels(bundle)
     device = device or default_device()
+    precision = precision_for(precision, device)
     model, head = bundle.model.to(device).eval(), head.to(device).eval()
-    outputs = np.empty((store.n_cells, labels.n_outputs), dtype=np.float32)
-    n_empty = 0
-    with torch.inference_mode():
-        for tokens in token_batches(bundle, store, np.arange(store.n_cells), batch_size):
-            prediction = head(model.encode(tokens.to(device))).float()
-            if labels.task == "classification":
-                prediction = prediction.softmax(dim=1)
-            outputs[tokens.cell_index.numpy()] = prediction.cpu().numpy()
-            n_empty += _n_empty(bundle, tokens)
-    _warn_of_empty(n_empty, "label")
+
+    def compute(tokens: TokenBatch) -> torch.Tensor:
+        output = head(model.encode(tokens)).float()
+        if labels.task == "regression":
+            return output
+        probability, number = output.softmax(dim=1).max(dim=1)
+        return torch.stack([number.float(), probability], dim=1)
+
+    return compute_cells(
+        bundle, store, rows, compute, batch_size=batch_size, device=device, precision=precision
+    )
+
+
+def labels_of(bundle: ModelBundle, outputs: np.ndarray, index: pd.Index) -> pd.DataFrame:
+    """The columns that `predict_store` returns, of what the model gave for each cell (`outputs_of`)."""
+    labels, _ = require_labels(bundle)
     name = f"scmodelforge_{labels.key}"
     if labels.task == "regression":
-        return pd.DataFrame({name: outputs[:, 0] * labels.std + labels.mean}, index=store.obs.index)
-    predicted = pd.Categorical.from_codes(
-        outputs.argmax(axis=1).tolist(), categories=pd.Index(labels.classes)
-    )
-    return pd.DataFrame({name: predicted, f"{name}_probability": outputs.max(axis=1)}, index=store.obs.index)
+        return pd.DataFrame({name: outputs[:, 0] * labels.std + labels.mean}, index=index)
+    numbers, probabilities = outputs[:, 0].astype(np.int64), outputs[:, 1].copy()
+    predicted = pd.Categorical.from_codes(numbers.tolist(), categories=pd.Index(labels.classes))
+    return pd.DataFrame({name: predicted, f"{name}_probability": probabilities}, index=index)
 
 
-def _require_labels(bundle: ModelBundle) -> tuple[Labels, PredictionHead]:
-    """Labels and head of a fine-tuned model."""
+def require_labels(bundle: ModelBundle) -> tuple[Labels, PredictionHead]:
+    """Labels and head of a fine-tuned model.
+
+    Raises
+    ------
+    ModelError
+        If the model was not fine-tuned.
+    """
     if bundle.labels is None or bundle.head is None:
         raise ModelError(
             "This model was not fine-tuned, so it knows no labels.\nFine-tune it first: scmodelforge finetune"
@@ -183,8 +211,9 @@ def embed(
     model: ModelBundle | str | Path,
     *,
     key_added: str = EMBEDDING_KEY,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
+    precision: str | None = None,
     config: DataConfig | None = None,
     copy: bool = False,
 ) -> AnnData:
@@ -198,6 +227,10 @@ def embed(
         A loaded model, a checkpoint or a model folder.
     pooling
         "mean" over genes, "cls" or "window"; None: as the model is set.
+    batch_size
+        Most cells of a batch; long cells come in smaller ones.
+    precision
+        "32" or "bf16"; None: bf16 on a GPU that has it, else 32.
     config
         Where the counts are, if not in X (`DataConfig(layer="counts")`).
     copy
@@ -209,7 +242,8 @@ def embed(
     """
     bundle = as_bundle(model)
     adata = data.copy() if copy else data
-    adata.obsm[key_added] = embed_store(bundle, open_for(bundle, data, config), batch_size, pooling)
+    store = open_for(bundle, data, config)
+    adata.obsm[key_added] = embed_store(bundle, store, batch_size, pooling, precision=precision)
     return adata
 
 
@@ -217,92 +251,18 @@ def annotate(
     data: AnnData,
     model: ModelBundle | str | Path,
     *,
-    batch_size: int = 64,
+    batch_size: int = 256,
+    precision: str | None = None,
     config: DataConfig | None = None,
     copy: bool = False,
 ) -> AnnData:
     """Write the labels that a fine-tuned model predicts into `obs`; see `predict_store` for the columns."""
     bundle = as_bundle(model)
     adata = data.copy() if copy else data
-    for name, column in predict_store(bundle, open_for(bundle, data, config), batch_size).items():
+    store = open_for(bundle, data, config)
+    for name, column in predict_store(bundle, store, batch_size, precision=precision).items():
         adata.obs[name] = column.to_numpy() if column.dtype != "category" else pd.Categorical(column)
     return adata
-
-
-@contextmanager
-def _edited_copy(source: str | Path, output: str | Path) -> Iterator[h5py.File]:
-    """Copy a file and yield the copy, open for editing; it takes the name `output` when all went well."""
-    with atomic_path(output) as temporary:
-        try:
-            shutil.copyfile(source, temporary)
-        except OSError as error:
-            raise DataError(
-                f"'{source}' cannot be copied to '{output}': {error.strerror or error}."
-            ) from error
-        with h5py.File(temporary, "r+") as handle:
-            yield handle
-
-
-def _require_h5ad(source: str | Path) -> None:
-    """Refuse, before any work, what could not be copied: zarr stores and URLs."""
-    if "://" in str(source):
-        raise DataError(
-            f"'{source}' is not on this machine, and results are written into a copy of it: fetch it first."
-        )
-    if is_zarr(source):
-        raise DataError(
-            f"'{source}' is a zarr store, and results are written into a copy of an .h5ad file.\n"
-            "In Python: adata = anndata.read_zarr(...), then scmodelforge.embed(adata, model) or annotate."
-        )
-
-
-def embed_file(
-    source: str | Path,
-    output: str | Path,
-    model: ModelBundle | str | Path,
-    *,
-    key_added: str = EMBEDDING_KEY,
-    batch_size: int = 64,
-    pooling: str | None = None,
-    config: Config | None = None,
-) -> int:
-    """Write a copy of an .h5ad file with the embedding in `obsm[key_added]`; returns the number of cells.
-
-    `output` may be `source`: the file is replaced when the new one is complete.
-    """
-    if "/" in key_added:  # HDF5 would make a group of it, which is no embedding
-        raise DataError(f"The key '{key_added}' holds a '/', which no name in obsm of a file can.")
-    _require_h5ad(source)
-    ensure_target(output)
-    bundle = _bundle_for(model, config)
-    store = open_for(bundle, source, config.data if config else None)
-    embeddings = embed_store(bundle, store, batch_size, pooling)
-    with _edited_copy(source, output) as handle:
-        write_elem(handle.require_group("obsm"), key_added, embeddings)
-    return store.n_cells
-
-
-def annotate_file(
-    source: str | Path,
-    output: str | Path,
-    model: ModelBundle | str | Path,
-    *,
-    batch_size: int = 64,
-    config: Config | None = None,
-) -> pd.DataFrame:
-    """Write a copy of an .h5ad file with predicted labels in `obs`; returns the predictions."""
-    _require_h5ad(source)
-    ensure_target(output)
-    bundle = _bundle_for(model, config)
-    _require_labels(bundle)
-    store = open_for(bundle, source, config.data if config else None)
-    predictions = predict_store(bundle, store, batch_size)
-    with _edited_copy(source, output) as handle:
-        obs = anndata.io.read_elem(handle["obs"])
-        for name, column in predictions.items():
-            obs[name] = column.to_numpy() if column.dtype != "category" else pd.Categorical(column)
-        write_elem(handle, "obs", obs)
-    return predictions
 
 
 def tokens(
@@ -330,7 +290,7 @@ def tokens(
     """
     config = config or Config()
     if model is not None:
-        bundle = _bundle_for(model, config)
+        bundle = bundle_for(model, config)
         store, tokenizer = open_for(bundle, data, config.data), build_tokenizer(bundle.config, bundle.vocab)
     else:
         data = located(data, config.data)

@@ -16,7 +16,8 @@ from scmodelforge.config import Config
 from scmodelforge.data.shard_file import file_sha256
 from scmodelforge.errors import DataError
 from scmodelforge.files import ensure_writable, sole_writer, write_text
-from scmodelforge.inference import EMBEDDING_KEY, embed_file
+from scmodelforge.inference import EMBEDDING_KEY
+from scmodelforge.inference_files import embed_file
 from scmodelforge.models.bundle import load_model
 from scmodelforge.parallel import map_files
 
@@ -31,8 +32,9 @@ def embed_files(
     model: str | Path,
     *,
     key_added: str = EMBEDDING_KEY,
-    batch_size: int = 64,
+    batch_size: int = 256,
     pooling: str | None = None,
+    precision: str | None = None,
     config: Config | None = None,
     dask: str | None = None,
 ) -> dict[str, int]:
@@ -44,7 +46,7 @@ def embed_files(
     ----------
     model
         Checkpoint or model folder.
-    key_added, batch_size, pooling, config
+    key_added, batch_size, pooling, precision, config
         As `embed_file` takes them.
     dask
         Address of a Dask scheduler whose workers do it; they see the same paths.
@@ -71,7 +73,12 @@ def embed_files(
             raise DataError(
                 f"'{source}' would be replaced by its own output.\nChoose another output folder than that of the files."
             )
-    made_by = {"model": _content_of(Path(model)), "key": key_added, "pooling": pooling}
+    made_by = {
+        "model": _content_of(Path(model)),
+        "key": key_added,
+        "pooling": pooling,
+        "precision": precision,
+    }
     if config is not None:
         made_by |= config.data.model_dump(mode="json", include={"layer", "gene_column", "species"})
     origin = {str(source): _origin(source, made_by) for source in sources}
@@ -85,7 +92,14 @@ def embed_files(
         if len(todo) < len(origin):
             log.info("%d of %d files are embedded already.", len(origin) - len(todo), len(origin))
         held = str(Path(model).absolute()) if dask else load_model(model)
-        call = partial(embed_file, key_added=key_added, batch_size=batch_size, pooling=pooling, config=config)
+        call = partial(
+            embed_file,
+            key_added=key_added,
+            batch_size=batch_size,
+            pooling=pooling,
+            precision=precision,
+            config=config,
+        )
 
         def done(source: str, n_cells: int) -> None:
             finished[Path(source).name] = origin[source]

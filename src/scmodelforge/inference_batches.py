@@ -1,0 +1,248 @@
+"""Cells through a model: in their order, in batches of at most so many tokens, in memory that does not grow.
+
+What a batch costs is what its tokens cost, so it takes as many cells as fit a budget of tokens: long cells come with
+few others, and a batch of a few thousand tokens is computed at once however short its cells are. Threads read and
+tokenize ahead. Where the memory is too small, the budget is halved until a batch fits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from scmodelforge.data.batch import MeasuredGenes
+from scmodelforge.data.loader import BatchLoader
+from scmodelforge.data.store import CellStore
+from scmodelforge.errors import UserError
+from scmodelforge.models.bundle import ModelBundle
+from scmodelforge.tokenizers.base import build_tokenizer
+from scmodelforge.tokenizers.batch import TokenBatch
+
+log = logging.getLogger(__name__)
+
+THREADS = 2
+BUDGET = {"cuda": 65_536, "cpu": 16_384}  # tokens of a batch
+PRECISIONS = ("32", "bf16")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of a processor that computes in it: x86, x86, ARM
+
+
+def default_device() -> str:
+    """The first GPU, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precision_for(asked: str | None, device: str) -> str:
+    """The precision to compute in: as asked; None: "bf16" on a GPU that has it, else "32".
+
+    Raises
+    ------
+    UserError
+        If there is no such precision, or `device` computes in bf16 no faster.
+    """
+    if asked not in (None, *PRECISIONS):
+        raise UserError(f"precision is '{asked}'; it must be 32 or bf16.")
+    on_gpu = device.startswith("cuda")
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_computes_bf16()
+    if asked == "bf16" and not fast:
+        what = "GPU" if on_gpu else "processor (without AVX512-BF16 or AMX)"
+        raise UserError(
+            f"precision bf16: this {what} does not compute in it, so it would be slower and less exact.\n"
+            "Leave precision out, or take 32."
+        )
+    return asked or ("bf16" if on_gpu and fast else "32")
+
+
+def _cpu_computes_bf16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return not set(BF16_FLAGS).isdisjoint(flags.split())
+
+
+class Computed(NamedTuple):
+    """What a model computed of some cells.
+
+    Attributes
+    ----------
+    values
+        float32 (n_cells, width).
+    n_empty
+        How many of the cells have no gene that the model knows.
+    """
+
+    values: np.ndarray
+    n_empty: int
+
+
+def compute_cells(
+    bundle: ModelBundle,
+    store: CellStore,
+    rows: np.ndarray,
+    compute: Callable[[TokenBatch], torch.Tensor],
+    *,
+    batch_size: int,
+    device: str,
+    precision: str,
+) -> Iterator[Computed]:
+    """What `compute` makes of the given rows of a store, in their order, `batch_size` cells at a time.
+
+    Parameters
+    ----------
+    compute
+        Token batch on `device` → (n_cells, width).
+    batch_size
+        Most cells of a batch.
+    precision
+        "32" or "bf16", as `precision_for` gives it.
+
+    Raises
+    ------
+    UserError
+        If a cell alone does not fit into the memory.
+    """
+    run = FittingBatches(compute, device, precision)
+    rows = np.ascontiguousarray(rows, dtype=np.int64)  # torch takes no reversed view
+    before: tuple[torch.Tensor, int] | None = None
+    for tokens in token_batches(bundle, store, rows, batch_size):
+        values = run(tokens)
+        if before is not None:  # fetched only now, so that a GPU has the next batch while it is waited for
+            yield Computed(before[0].float().cpu().numpy(), before[1])
+        before = values, _n_empty(bundle, tokens)
+    if before is not None:
+        yield Computed(before[0].float().cpu().numpy(), before[1])
+
+
+def token_batches(
+    bundle: ModelBundle, store: CellStore, rows: np.ndarray, batch_size: int
+) -> Iterator[TokenBatch]:
+    """Token batches of the given rows of a store, in their order, made by threads ahead of the model."""
+    tokenizer = build_tokenizer(bundle.config, bundle.vocab)
+    in_order = (
+        bundle.config.tokenizer.bin_ties == "numpy"
+    )  # numpy's generator serves one cell after the other
+
+    def make(epoch: int, step: int) -> TokenBatch:
+        return tokenizer(store.read(rows[step * batch_size : (step + 1) * batch_size]))
+
+    yield from BatchLoader(make, -(-len(rows) // batch_size), 1 if in_order else THREADS)
+
+
+class FittingBatches:
+    """Computes something of each cell of a batch, by parts that fit a budget of tokens, which memory decides.
+
+    Attributes
+    ----------
+    budget
+        Most tokens at once; halved whenever the memory was too small.
+    """
+
+    def __init__(self, compute: Callable[[TokenBatch], torch.Tensor], device: str, precision: str) -> None:
+        self.compute = compute
+        self.device = torch.device(device)
+        self.precision = precision
+        self.budget = BUDGET.get(self.device.type, BUDGET["cpu"])
+
+    def __call__(self, tokens: TokenBatch) -> torch.Tensor:
+        """Return (n_cells, width) on the device for a batch on the CPU."""
+        parts = []
+        waiting = within_budget(tokens, self.budget)
+        while waiting:
+            part, *waiting = waiting
+            computed = self._try(part)
+            if computed is None:
+                self._back_off(part)
+                waiting = [
+                    smaller for other in (part, *waiting) for smaller in within_budget(other, self.budget)
+                ]
+            else:
+                parts.append(computed)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.inference_mode()
+    def _try(self, part: TokenBatch) -> torch.Tensor | None:
+        """Return what is computed, or None if the memory is too small."""
+        try:
+            if self.device.type == "cuda":
+                part = part.pin_memory()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return self.compute(part.to(self.device, non_blocking=True))
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None  # and not a second try here: the error holds on to the tensors of the first one
+
+    def _back_off(self, part: TokenBatch) -> None:
+        n_tokens = int(part.lengths.sum())
+        if part.n_cells == 1:
+            raise UserError(
+                f"The memory of {self.device.type} is too small for a single cell: cell {int(part.cell_index[0])} with "
+                f"{n_tokens:,} tokens.\nEnd other programs that use it, or take a machine with more memory."
+            )
+        self.budget = max(n_tokens // 2, 1)
+        log.warning(
+            "Out of memory with %s tokens of %s cells at once: from here on at most %s tokens.",
+            f"{n_tokens:,}",
+            f"{part.n_cells:,}",
+            f"{self.budget:,}",
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+def within_budget(tokens: TokenBatch, budget: int) -> list[TokenBatch]:
+    """The cells of a batch on the CPU in batches of at most `budget` tokens; a cell with more comes alone."""
+    ends = np.cumsum(np.maximum(tokens.lengths.numpy(), 1))
+    if ends[-1] <= budget:
+        return [tokens]
+    parts, start = [], 0
+    while start < tokens.n_cells:
+        used = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
+        parts.append(_cells(tokens, slice(start, end)))
+        start = end
+    return parts
+
+
+def _cells(tokens: TokenBatch, cells: slice) -> TokenBatch:
+    """Some cells of a batch, padded to the longest of them."""
+    lengths = tokens.lengths[cells]
+    length = max(int(lengths.max()), 1)
+    optional = {name: getattr(tokens, name) for name in ("obs", "bin_edges", "left_out")}
+    measured = tokens.measured
+    return replace(
+        tokens,
+        input_ids=tokens.input_ids[cells, :length].contiguous(),
+        values=tokens.values[cells, :length].contiguous(),
+        lengths=lengths,
+        cell_index=tokens.cell_index[cells],
+        has_padding=bool((lengths < length).any()),
+        measured=measured and MeasuredGenes(measured.sets, measured.of_cell[cells]),
+        **{name: None if value is None else value[cells] for name, value in optional.items()},
+    )
+
+
+def _n_empty(bundle: ModelBundle, tokens: TokenBatch) -> int:
+    expressed = (tokens.values > 0) & (tokens.input_ids >= bundle.vocab.first_gene_token)
+    return int((~expressed.any(dim=1)).sum())
+
+
+def warn_of_empty(n_cells: int, what: str) -> None:
+    """Say that some cells have no gene that the model knows."""
+    if n_cells:
+        log.warning(
+            "%s cells have no gene that the model knows: their %s says nothing.", f"{n_cells:,}", what
+        )
