@@ -30,7 +30,7 @@ from scmodelforge.inference_batches import (
 from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.base import build_tokenizer
-from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def outputs_of(
     precision = precision_for(precision, device)
     model, head = bundle.model.to(device).eval(), head.to(device).eval()
 
-    def compute(tokens: TokenBatch) -> torch.Tensor:
+    def compute(tokens: PackedTokens) -> torch.Tensor:
         output = head(model.encode(tokens)).float()
         if labels.task == "regression":
             return output

@@ -23,6 +23,7 @@ from scmodelforge.errors import UserError
 from scmodelforge.models.bundle import ModelBundle
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def compute_cells(
     bundle: ModelBundle,
     store: CellStore,
     rows: np.ndarray,
-    compute: Callable[[TokenBatch], torch.Tensor],
+    compute: Callable[[PackedTokens], torch.Tensor],
     *,
     batch_size: int,
     device: str,
@@ -97,7 +98,7 @@ def compute_cells(
     Parameters
     ----------
     compute
-        Token batch on `device` → (n_cells, width).
+        Packed tokens on `device` → (n_cells, width).
     batch_size
         Most cells of a batch.
     precision
@@ -108,7 +109,7 @@ def compute_cells(
     UserError
         If a cell alone does not fit into the memory.
     """
-    run = FittingBatches(compute, device, precision)
+    run = FittingBatches(compute, bundle.model.readable, device, precision)
     rows = np.ascontiguousarray(rows, dtype=np.int64)  # torch takes no reversed view
     before: tuple[torch.Tensor, int] | None = None
     for tokens in token_batches(bundle, store, rows, batch_size):
@@ -144,8 +145,14 @@ class FittingBatches:
         Most tokens at once; halved whenever the memory was too small.
     """
 
-    def __init__(self, compute: Callable[[TokenBatch], torch.Tensor], device: str, precision: str) -> None:
-        self.compute = compute
+    def __init__(
+        self,
+        compute: Callable[[PackedTokens], torch.Tensor],
+        pack: Callable[[TokenBatch], PackedTokens],
+        device: str,
+        precision: str,
+    ) -> None:
+        self.compute, self.pack = compute, pack
         self.device = torch.device(device)
         self.precision = precision
         self.budget = BUDGET.get(self.device.type, BUDGET["cpu"])
@@ -170,10 +177,11 @@ class FittingBatches:
     def _try(self, part: TokenBatch) -> torch.Tensor | None:
         """Return what is computed, or None if the memory is too small."""
         try:
+            packed = self.pack(part)
             if self.device.type == "cuda":
-                part = part.pin_memory()
+                packed = packed.pin_memory()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                return self.compute(part.to(self.device, non_blocking=True))
+                return self.compute(packed.to(self.device, non_blocking=True))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
