@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,12 +49,10 @@ class TrainingConfig(Section):
     """How long, how fast, on what, and what is left behind."""
 
     batch_size: int = Field(64, ge=1, description="Cells per step and device.")
-    tokens_per_batch: int | None = Field(
+    tokens_per_batch: Annotated[int, Field(ge=1, lt=2**31)] | Literal["auto"] | None = Field(
         None,
-        ge=1,
-        lt=2**31,
         description="Tokens per step and device, special and obs tokens included: a batch holds as many whole cells as "
-        "fit; null: batch_size says how many cells.",
+        "fit; auto: the most that fit into memory (train, in one process); null: batch_size says how many cells.",
     )
     max_epochs: int = Field(10, ge=1, description="Passes over the training cells.")
     max_steps: int | None = Field(
@@ -69,6 +67,15 @@ class TrainingConfig(Section):
     )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
         "32-true", description="Arithmetic of the forward and backward pass; weights are float32 in any case."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the pretraining step with torch.compile: faster steps after up to a minute at the start.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Compute what is inside the blocks again in the backward pass instead of keeping it: less memory "
+        "for a third more work.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
@@ -93,8 +100,17 @@ class TrainingConfig(Section):
     log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between two logged figures.")
     loader_threads: int = Field(2, ge=1, description="Threads that read and tokenize ahead of the model.")
 
+    @property
+    def token_budget(self) -> int | None:
+        """`tokens_per_batch`, once auto has become a number."""
+        if self.tokens_per_batch == "auto":
+            raise ValueError("training.tokens_per_batch is still auto: no number was chosen")
+        return self.tokens_per_batch
+
     @model_validator(mode="after")
     def _sharded(self) -> TrainingConfig:
+        if self.strategy == "fsdp" and self.compile:
+            raise ValueError("compile: true and strategy fsdp do not go together: use strategy ddp")
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise ValueError(
                 "strategy fsdp does not scale losses, which precision 16-mixed needs: use bf16-mixed or 32-true"

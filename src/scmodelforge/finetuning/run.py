@@ -19,7 +19,7 @@ from scmodelforge.data.sources import sources_of
 from scmodelforge.data.split import split_cells
 from scmodelforge.data.state import evenly
 from scmodelforge.data.store import CellStore
-from scmodelforge.errors import DataError, ModelError, require_extra
+from scmodelforge.errors import ConfigError, DataError, ModelError, require_extra
 from scmodelforge.evaluation.splits import obs_column, usable_labels
 from scmodelforge.finetuning.frozen import embed_once, embeds_once
 from scmodelforge.finetuning.lora import add_lora, trainable_share
@@ -91,6 +91,11 @@ def finetune(
     """
     with collected_notes() as notes:
         check_environment(config.training)
+        if config.training.tokens_per_batch == "auto":
+            raise ConfigError(
+                "training.tokens_per_batch: auto is for train. Fine-tuning takes a number of tokens, or null for "
+                "batches of training.batch_size cells."
+            )
         if config.finetune.lora.enabled:
             require_extra("peft", "peft", "finetune.lora")
         pretrained = load_model(checkpoint)
@@ -163,7 +168,7 @@ def finetune(
 
         def make_batch(cells: CellBatch, epoch: int, batch_seed: int) -> LabelledBatch:
             tokens = tokenizer(cells, seed, epoch)
-            packed = bundle.model.readable(tokens, config.training.tokens_per_batch)
+            packed = bundle.model.readable(tokens, config.training.token_budget)
             wanted = torch.from_numpy(values[cells.rows])
             return LabelledBatch(packed, wanted, int(tokens.lengths.sum()), batch_seed)
 
@@ -188,6 +193,8 @@ def _warn_of_no_effect(config: Config) -> None:
     finetune, training, epochs = config.finetune, config.training, config.training.max_epochs
     if training.tokens_per_batch is not None and "batch_size" in training.model_fields_set:
         log.warning("training.batch_size has no effect: training.tokens_per_batch says what a batch holds.")
+    if training.compile:
+        log.warning("training.compile has no effect: only pretraining is compiled.")
     if finetune.freeze_backbone and finetune.backbone_lr is not None:
         log.warning("finetune.backbone_lr has no effect: freeze_backbone is true.")
     if finetune.freeze_backbone_epochs >= epochs and not finetune.freeze_backbone:

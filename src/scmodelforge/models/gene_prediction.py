@@ -67,7 +67,9 @@ class GenePrediction:
 
 def row_chunks(states: torch.Tensor) -> list[slice]:
     """The rows of (m, width) that are looked at together."""
-    step = ROWS_ON_GPU if states.is_cuda else ROWS_ON_CPU
+    # Compiled, a chunk needs no copies beside its logits, and each one is compiled by itself: fewer, larger ones.
+    large = states.is_cuda or torch.compiler.is_compiling()
+    step = ROWS_ON_GPU if large else ROWS_ON_CPU
     return [slice(start, start + step) for start in range(0, len(states), step)]
 
 

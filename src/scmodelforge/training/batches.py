@@ -32,7 +32,7 @@ def choose_batches(
     config = bundle.config
     training, world, val_rows = config.training, n_processes(config.training), prepared.val_rows
     order = training_order(prepared.store, prepared.train_rows, config.data, training.seed)
-    if training.tokens_per_batch is None:
+    if training.token_budget is None:
         if read_through:
             prepared.read_through()
         validation = FixedSize(InOrder(val_rows), training.batch_size, world) if len(val_rows) else None
@@ -51,4 +51,4 @@ def choose_batches(
 
     rows = np.sort(np.concatenate([prepared.train_rows, val_rows]))
     lengths = token_lengths(prepared.store, rows, count, training.loader_threads)
-    return token_budgets(order, val_rows, lengths, training.tokens_per_batch, world)
+    return token_budgets(order, val_rows, lengths, training.token_budget, world)

@@ -2,7 +2,7 @@
 
 Three parts: what does not depend on the batch (weights, gradients, two moments of Adam: 16 bytes a trained parameter),
 what autograd keeps for the backward pass (a fixed number of bytes a token, as no attention matrix is stored), and the
-logits of the asked genes, which are largest where the loss is computed.
+logits of some of the asked genes, which are largest where the loss is computed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from scmodelforge.config import Config
 from scmodelforge.config_model import ModelConfig
 from scmodelforge.errors import UserError
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models.gene_prediction import ROWS_ON_GPU
 from scmodelforge.models.masked_autoencoder import decoder_config
 
 FLOAT = 4  # bytes
-LOGIT_COPIES = 3  # logits, their log-softmax and its gradient live at the same time
+LOGIT_COPIES = 2  # logits and their log-softmax live at the same time, for some rows
 
 
 def fixed_bytes(model: nn.Module) -> int:
@@ -51,7 +52,10 @@ def activation_bytes(config: Config, vocab: GeneVocab, tokens: int, asked: int) 
         total += (tokens + asked) * _bytes_of_blocks(decoder_config(model), half)
     names_genes = model.pretraining_task in ("masked_gene_prediction", "dual_prediction", "next_gene")
     if names_genes and model.objective.gene_weight > 0:
-        total += asked * vocab.n_tokens * FLOAT * LOGIT_COPIES
+        product = 2 if half else FLOAT
+        # Gradients of states and output matrix, computed beside the loss, and the rows of logits that live at once.
+        total += asked * 3 * model.hidden_dim * product + vocab.n_tokens * model.hidden_dim * FLOAT
+        total += min(asked, ROWS_ON_GPU) * vocab.n_tokens * FLOAT * LOGIT_COPIES
     return total
 
 

@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from scmodelforge.config import TrainingConfig
+from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
 from scmodelforge.models.flops import training_flops
 from scmodelforge.models.objectives.batch import LossTerm, Objective, PackedBatch
+from scmodelforge.models.transformer import Transformer
 from scmodelforge.training.global_loss import global_loss
 from scmodelforge.training.optim import (
     build_optimizer,
@@ -37,6 +39,9 @@ class TrainingModule(LightningModule):
         self.model = bundle.model
         self.training_config = training
         self.description = bundle.describe()
+        for part in bundle.model.modules():
+            if isinstance(part, Transformer):
+                part.recomputes = training.activation_checkpointing
         self.gradient_norm: torch.Tensor | None = None
 
     def parameter_groups(self) -> list[dict]:
@@ -98,18 +103,24 @@ class TrainingModule(LightningModule):
             self.log(f"{prefix}_{name}", value, rank_zero_only=True, batch_size=1, prog_bar=name == "loss")
 
 
+def loss_terms(task: Objective, model: CellTransformer, batch: PackedBatch) -> dict[str, LossTerm]:
+    """From tokens to loss terms by name: blocks, gather and losses, the region that is compiled."""
+    return task(model, batch).terms
+
+
 class PretrainingModule(TrainingModule):
     """Pretraining on one task."""
 
     def __init__(self, bundle: ModelBundle, training: TrainingConfig, task: Objective) -> None:
         super().__init__(bundle, training)
         self.task = task
+        self.loss_terms = torch.compile(loss_terms) if training.compile else loss_terms
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> torch.Tensor:
-        return self.shared_loss(self.task(self.model, batch).terms, batch.n_tokens)
+        return self.shared_loss(self.loss_terms(self.task, self.model, batch), batch.n_tokens)
 
     def flops(self, batch: PackedBatch) -> torch.Tensor:
         lengths = batch.tokens.lengths.double()

@@ -22,6 +22,7 @@ from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.data.state import evenly
 from scmodelforge.errors import UserError
+from scmodelforge.training.auto_budget import with_chosen_budget
 from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.memory import activation_bytes, available_bytes, fixed_bytes, saved_bytes
 from scmodelforge.training.optim import total_steps
@@ -117,7 +118,8 @@ def plan(config: Config, data: AnnData | None = None) -> Plan:
         check_environment(training)
         say_idle_keys(config)
         given_model(config, None, None)
-        run = set_up(config, data)
+        run = with_chosen_budget(set_up(config, data))
+        training = run.bundle.config.training
         run.announce()
         device = torch.device("cuda" if accelerator(training)[0] == "gpu" else "cpu")
 
@@ -279,7 +281,7 @@ def _warn(training: TrainingConfig, steps_per_epoch: int, seconds: float | None)
             steps_per_epoch,
             total_steps(training, steps_per_epoch),
         )
-    compiles = getattr(training, "compile", False)
+    compiles = training.compile
     if compiles and seconds is not None and seconds < COMPILING_PAYS_AFTER:
         log.warning(
             "The run takes some %d s: training.compile costs up to 30 s at its start and will hardly pay.",

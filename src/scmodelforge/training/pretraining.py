@@ -84,7 +84,7 @@ def fixed_sizes(config: Config) -> Sizes:
     With `training.tokens_per_batch` that is the budget, and as many questions as masking asks in nearly all batches.
     What a task asks beside its tokens (generated and reconstructed genes) varies, and so do the sizes then.
     """
-    total = config.training.tokens_per_batch
+    total = config.training.token_budget
     architecture, task = config.model.architecture, config.model.pretraining_task
     generates = architecture == "autoregressive_transformer" and task == "expression_reconstruction"
     if architecture == "masked_autoencoder" or generates:
@@ -96,6 +96,13 @@ def fixed_sizes(config: Config) -> Sizes:
     share = config.tokenizer.masking.mask_ratio
     expected = total * share
     return {"total": total, "n_asked": math.ceil(expected + 4 * math.sqrt(expected * (1 - share)))}
+
+
+def with_budget(config: Config, tokens: int | None) -> Config:
+    """The config with another `training.tokens_per_batch`."""
+    return config.model_copy(
+        update={"training": config.training.model_copy(update={"tokens_per_batch": tokens})}
+    )
 
 
 def set_up(

@@ -27,11 +27,12 @@ from scmodelforge.models.bundle import (
     with_gene_width_of,
     with_model_of,
 )
+from scmodelforge.training.auto_budget import with_chosen_budget
 from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData
 from scmodelforge.training.module import TrainingModule
-from scmodelforge.training.pretraining import given_model, set_up
+from scmodelforge.training.pretraining import given_model, set_up, with_budget
 from scmodelforge.training.setup import (
     RunFolders,
     build_trainer,
@@ -124,11 +125,15 @@ def train(
         if given is not None:
             config = with_model_of(config, given, str(checkpoint))
         resumed = read_resumable(config, resume, fine_tuned=False) if resume else None
+        if resumed and config.training.tokens_per_batch == "auto":
+            chosen = config_of(resumed, str(resume)).training.token_budget
+            config = with_budget(config, chosen)
         plain = resumed[CHECKPOINT_KEY] if resumed else None
         folders = choose_folders(config.training, plain)
         run = set_up(config, data, given, resumed, str(resume))
         if plain:
             check_same_cells(run.prepared, plain, str(resume))
+        run = with_chosen_budget(run)
         run.announce()
         return fit(
             run.module,
@@ -257,6 +262,8 @@ def read_resumable(config: Config, resume: str | Path, *, fine_tuned: bool) -> d
     asked = _flat(with_gene_width_of(config, had_config).model_dump(mode="json"))
     had = _flat(had_config.model_dump(mode="json"))
     sections = ("data.", "tokenizer.", "model.", *(("finetune.",) if fine_tuned else ()))
+    if asked["training.tokens_per_batch"] == "auto":
+        asked["training.tokens_per_batch"] = had["training.tokens_per_batch"]
     problems = [
         f"{key}: {plain_value(asked.get(key))} in the config, {plain_value(had.get(key))} in the run"
         for key in asked | had  # a section that only one of them has is no key of the other
