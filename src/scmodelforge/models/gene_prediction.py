@@ -109,25 +109,34 @@ def _total_and_gradients(
     total = torch.zeros((), device=states.device)
     of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=torch.float32)
     of_bias = torch.zeros_like(bias, dtype=torch.float32)
-    for rows in row_chunks(states):
-        logits = torch.addmm(bias, states[rows], weight.T)
+    # The same memory for all chunks: fetching it anew costs more than the arithmetic.
+    chunks = row_chunks(states)
+    n_rows = min(chunks[0].stop, len(states)) if chunks else 0
+    some_logits = states.new_empty(n_rows, len(weight))
+    some_log_p = states.new_empty(n_rows, len(weight), dtype=torch.float32)
+    some_of_weight = torch.empty_like(weight)
+    for rows in chunks:
+        some_states, right = states[rows], genes[rows][:, None]
+        logits, log_p = some_logits[: len(right)], some_log_p[: len(right)]
+        torch.addmm(bias, some_states, weight.T, out=logits)
         slope = None
         if soft_cap is not None:
             squashed = torch.tanh(logits / soft_cap)
-            logits, slope = soft_cap * squashed, 1 - squashed.square()
-        log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        counted = (genes[rows] != ignored).float()[:, None]
-        right = genes[rows][:, None]
+            slope = 1 - squashed.square()
+            torch.mul(squashed, soft_cap, out=logits)
+        torch.log_softmax(logits, 1, torch.float32, out=log_p)
+        counted = (right != ignored).float()
         total = total - (log_p.gather(1, right) * counted).sum()
         if not gradients:
             continue
         of_logits = log_p.exp_()  # softmax, then minus one at the right gene
         of_logits.scatter_add_(1, right, torch.full_like(counted, -1.0))
-        of_logits *= counted
-        of_logits = of_logits.to(states.dtype) if slope is None else (of_logits * slope).to(states.dtype)
-        of_states[rows] = of_logits @ weight
-        of_weight += of_logits.T @ states[rows]
-        of_bias += of_logits.sum(dim=0, dtype=torch.float32)
+        of_logits *= counted if slope is None else counted * slope
+        logits.copy_(of_logits)
+        of_states[rows] = logits @ weight
+        torch.mm(logits.T, some_states, out=some_of_weight)
+        of_weight += some_of_weight
+        of_bias += logits.sum(dim=0, dtype=torch.float32)
     return total, of_states, of_weight, of_bias
 
 

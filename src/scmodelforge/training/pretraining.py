@@ -76,6 +76,12 @@ class Pretraining:
             f"{self.bundle.vocab.n_genes:,}",
             f"{self.bundle.n_parameters:,}",
         )
+        if self.bundle.config.model.attention_dropout > 0:
+            log.warning(
+                "model.attention_dropout is %g: the fast attention kernels know no dropout, so that training takes "
+                "about twice as long, and more memory. Set it to 0 unless you reproduce a published recipe.",
+                self.bundle.config.model.attention_dropout,
+            )
 
 
 def fixed_sizes(config: Config) -> Sizes:
