@@ -11,6 +11,7 @@ from torch import nn
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.errors import ModelError
+from scmodelforge.models.attention import Sequences
 from scmodelforge.models.bundle import load_model, read_checkpoint
 from scmodelforge.models.published import export_model
 from scmodelforge.models.transformer import Attention
@@ -48,15 +49,16 @@ def test_a_run_with_muon_learns_and_goes_on_as_if_never_stopped(tmp_path: Path) 
 
 
 def test_qk_norm_keeps_scores_whatever_the_size_of_the_queries() -> None:
-    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    sequences = Sequences(torch.tensor([0, 5, 10], dtype=torch.int32), max_length=5)
     for qk_norm in (True, False):
         torch.manual_seed(0)
         attention = Attention(ModelConfig(hidden_dim=8, num_heads=2, qk_norm=qk_norm))
-        before = attention(x, None)
+        before = attention(x, sequences)
         with torch.no_grad():
             for parameter in attention.q.parameters():
                 parameter.mul_(100)
-        assert torch.allclose(attention(x, None), before, atol=1e-5) is qk_norm
+        assert torch.allclose(attention(x, sequences), before, atol=1e-5) is qk_norm
 
 
 def test_a_model_with_qk_norm_is_loaded_again_and_not_exported(tmp_path: Path) -> None:

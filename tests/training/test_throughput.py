@@ -24,33 +24,23 @@ from tests.helpers import finetune_config, marker_cells, tiny_config
 FIGURES = ("cells_per_second", "tokens_per_second", "data_wait_share", "padding_share", "peak_memory_gib")
 
 
-def batch(lengths: list[int], width: int, queries: list[int] | None = None) -> SimpleNamespace:
-    """What `Work.count` reads of a batch padded to `width`; `queries` asked genes of each cell, padded too."""
-    tokens = SimpleNamespace(
-        n_cells=len(lengths),
-        input_ids=torch.zeros(len(lengths), width, dtype=torch.long),
-        lengths=torch.tensor(lengths),
-    )
-    batch = SimpleNamespace(tokens=tokens, n_tokens=sum(lengths))
-    if queries is not None:
-        batch.queries = torch.zeros(len(lengths), max(queries), dtype=torch.long)
-        batch.asked = torch.zeros(sum(queries), dtype=torch.long)
-    return batch
+def batch(lengths: list[int], n_padding: int) -> SimpleNamespace:
+    """What `Work.count` reads of a batch of so many tokens a cell."""
+    tokens = SimpleNamespace(n_cells=len(lengths))
+    return SimpleNamespace(tokens=tokens, n_tokens=sum(lengths), n_padding=n_padding)
 
 
 def test_padding_is_what_was_computed_for_nothing() -> None:
     work = Work()
-    work.count(batch([10, 6], 10))
+    work.count(batch([10, 6], 4))
     assert work.figures(1)["padding_share"] == pytest.approx(4 / 20)
-    work.count(batch([5], 5))
+    work.count(batch([5], 0))
     assert work.figures(1)["padding_share"] == pytest.approx(4 / 25)
-    work.count(batch([1, 3], 3, queries=[4, 2]))
-    assert work.figures(1)["padding_share"] == pytest.approx((4 + 2 + 2) / (25 + 6 + 8))
 
 
 def test_rates_are_those_of_all_ranks_and_of_real_tokens() -> None:
     work = Work(seconds=2.0, waited=0.5)
-    work.count(batch([10, 6], 10))
+    work.count(batch([10, 6], 4))
     figures = (work + Work(seconds=2.0)).figures(world=3)
     assert figures["cells_per_second"] == pytest.approx(2 * 3 / 4)
     assert figures["tokens_per_second"] == pytest.approx(16 * 3 / 4)
@@ -88,7 +78,7 @@ def test_a_run_reports_its_figures(pretrained: RunResult) -> None:
     assert record["steps"] == 4 * 6 - 1, "the first step warms up"
     assert record["cells"] == 4 * 180 - 30
     assert record["cells"] / record["seconds"] == pytest.approx(record["cells_per_second"])
-    assert 0 < record["padding_share"] < 1
+    assert record["padding_share"] == 0, "cells are packed"
     assert 0 <= record["data_wait_share"] <= 1
     assert record["peak_memory_gib"] > 0.1
     assert record["first_step_since"] == "start of the process"

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from scmodelforge.config import Config
+from scmodelforge.data.batch import REPEAT
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ConfigError, ModelError
 from scmodelforge.finetuning.run import finetune
@@ -69,9 +70,9 @@ def whole(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRes
         save(self, trainer)
         shutil.copy(self.path, folder / f"stop{trainer.global_step}.ckpt")
 
-    def noted(self, cells, epoch, step, rank):
-        batch = make(self, cells, epoch, step, rank)
-        made.append((epoch, step, cells.rows.tolist(), batch.n_tokens))
+    def noted(self, cell_index, epoch, step, announce=None):
+        batch = make(self, cell_index, epoch, step, announce)
+        made.append((epoch, step, (cell_index & (REPEAT - 1)).tolist(), batch.n_tokens))
         return batch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -172,12 +173,13 @@ def test_obs_tokens_take_a_place_each(cells: Path, tmp_path: Path, monkeypatch: 
 NOTED = """
 import json, os
 from scmodelforge import cli
+from scmodelforge.data.batch import REPEAT
 from scmodelforge.data.module import CellDataModule
 make = CellDataModule._make
-def noted(self, cells, epoch, step, rank):
-    batch = make(self, cells, epoch, step, rank)
-    with open(f"{os.environ['NOTES']}/{rank}", "a") as file:
-        file.write(json.dumps([epoch, step, cells.rows.tolist(), batch.n_tokens]) + chr(10))
+def noted(self, cell_index, epoch, step, announce=None):
+    batch, rows = make(self, cell_index, epoch, step, announce), cell_index & (REPEAT - 1)
+    with open(f"{os.environ['NOTES']}/{self.trainer.global_rank}", "a") as file:
+        file.write(json.dumps([epoch, step, rows.tolist(), batch.n_tokens]) + chr(10))
     return batch
 CellDataModule._make = noted
 cli.main()

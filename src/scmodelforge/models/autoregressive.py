@@ -97,15 +97,18 @@ class AutoregressiveTransformer(CellTransformer):
         return self.cell_embedding(self(packed, embed=True), packed, pooling)
 
     def readable(self, tokens: TokenBatch, total: int | None = None) -> PackedTokens:
+        """As in `CellTransformer`, of what `read` leaves."""
+        return self.packing(self.read(tokens), total)
+
+    def read(self, tokens: TokenBatch) -> TokenBatch:
         """The tokens that go in: without `<eos>`, and at most as many as the window holds."""
         length = min(tokens.input_ids.shape[1] - self.appends_eos, self.max_length)
-        read = replace(
+        return replace(
             tokens,
             input_ids=tokens.input_ids[:, :length],
             values=tokens.values[:, :length],
             lengths=(tokens.lengths - int(self.appends_eos)).clamp(max=length),
         )
-        return self.packing(read, total)
 
     def genes_at(self, hidden: torch.Tensor, places: torch.Tensor) -> GenePrediction:
         """What the head says about the tokens that follow flat places (m) of hidden states, packed or padded."""
