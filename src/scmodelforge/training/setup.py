@@ -257,6 +257,7 @@ def quiet_lightning() -> None:
         "The dirpath has changed",
         "The number of training batches",
         ".*isinstance.treespec, LeafSpec",
+        "Total length of `list` across ranks is zero",
     ):
         warnings.filterwarnings("ignore", message=message)
 
