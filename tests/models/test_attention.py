@@ -83,6 +83,7 @@ def test_the_bias_rides_in_the_keys(dtype: torch.dtype) -> None:
     assert dtype == torch.float32 or alone > 5 * error, "one channel alone would lose digits"
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kind", ["capped causal bias", "read by some", "causal bias, not to itself"])
 def test_what_a_gpu_is_told_is_the_same_formula(kind: str) -> None:
     sequences, soft_cap = KINDS[kind]
@@ -93,6 +94,9 @@ def test_what_a_gpu_is_told_is_the_same_formula(kind: str) -> None:
     scores = changed(torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(WIDTH), 0, 0, i, j)
     weights = scores.masked_fill(~reads(0, 0, i, j), -torch.inf).softmax(-1)
     torch.testing.assert_close(torch.einsum("hij,jhd->ihd", weights, v), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # FlexAttention itself, which on the CPU has no backward pass
+        mixed = attention._flexible(q, k, v, sequences, soft_cap, 1 / math.sqrt(WIDTH))
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_every_signature_of_torch_is_met() -> None:

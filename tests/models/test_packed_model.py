@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.objectives.batch import PackedBatch
@@ -75,6 +77,38 @@ def test_what_is_computed_again_is_the_same(row: Combination) -> None:
         torch.manual_seed(0)
         results.append(gradients(model.train(), task(model, batch).loss))
     same(*results)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for its GPU: reading a number, and results whose size only the data tell."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.WAITING), name
+        if name == "index":
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask as an index"
+        return function(*args, **(kwargs or {}))
+
+
+@each(ALLOWED)
+def test_no_step_waits_for_the_device(row: Combination, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "scmodelforge.models.transformer.attend", lambda q, k, v, *_: q + k + v
+    )  # the GPU has its own
+    config, vocab, model, task = parts(row)
+    batch = task.pack(batch_of(config, vocab, task, make_cells(real_counts()[:4]), 0))
+    model.train()
+    with NoWaiting():
+        global_loss(task(model, batch).terms, batch.n_tokens).share.backward()
+
+
+def test_waiting_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="nonzero"), NoWaiting():
+        torch.nonzero(torch.ones(3))
+    with pytest.raises(AssertionError, match="scalar"), NoWaiting():
+        torch.ones(1).item()
 
 
 def test_padded_cells_give_padded_states() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+BLOCK = 128  # FlexAttention works on blocks of so many tokens
 CHANNELS = 8  # the kernels of a GPU take heads whose width is a multiple of this
 
 
@@ -163,18 +164,18 @@ def _flexible(
 ) -> torch.Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    total = q.shape[0]
-    reads, changed = reading(sequences, total, soft_cap)
-    blocks = create_block_mask(reads, None, None, total, total, device=str(q.device))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    total, n_padded = q.shape[0], q.shape[0] + -q.shape[0] % BLOCK
+    reads, changed = reading(sequences, n_padded, soft_cap)
+    blocks = create_block_mask(reads, None, None, n_padded, n_padded, device=str(q.device))
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n_padded - total)).transpose(0, 1)[None] for x in (q, k, v))
     attention: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
     mixed = attention(q, k, v, score_mod=changed, block_mask=blocks, scale=scale)
-    return mixed[0].transpose(0, 1)
+    return mixed[0].transpose(0, 1)[:total]
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)
 
 
 def reading(
@@ -183,7 +184,10 @@ def reading(
     """The functions that FlexAttention asks: who reads whom, and what becomes of a score."""
     places = torch.arange(total, device=sequences.cu_seqlens.device, dtype=sequences.cu_seqlens.dtype)
     number = torch.searchsorted(sequences.cu_seqlens, places, right=True)
-    bias, everyone = sequences.key_bias, sequences.read_by_all
+    bias, everyone = (
+        None if given is None else F.pad(given, (0, total - len(given)))
+        for given in (sequences.key_bias, sequences.read_by_all)
+    )
 
     def reads(batch: Any, head: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         allowed = number[i] == number[j]
