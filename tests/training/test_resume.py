@@ -20,7 +20,7 @@ from scmodelforge.config_io import parse_config
 from scmodelforge.errors import ModelError
 from scmodelforge.genes.vocab import predefined
 from scmodelforge.models.bundle import read_checkpoint
-from scmodelforge.training.callbacks import LastCheckpoint
+from scmodelforge.training.callbacks import STOP_SIGNALS, LastCheckpoint
 from scmodelforge.training.run import RunResult, train
 
 N_CELLS, N_GENES = 90, 80
@@ -177,6 +177,12 @@ def test_a_real_signal_in_the_middle_of_an_epoch_loses_nothing(
     steps = pd.read_csv(folder / "metrics.csv")["step"]
     assert steps.is_unique
     assert steps.is_monotonic_increasing
+
+
+def test_after_a_run_signals_do_what_they_did_before(cells: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    run(cells, tmp_path, max_steps=1)
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
 
 
 def test_a_run_goes_on_only_as_what_it_was(cells: Path, uninterrupted: Path, tmp_path: Path) -> None:

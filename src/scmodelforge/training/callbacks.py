@@ -120,7 +120,8 @@ class LastCheckpoint(Checkpoint):
         except ValueError:  # signals can be handled in the main thread only
             log.info("Not in the main thread: Ctrl-C will not save a checkpoint.")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in `teardown`: Lightning has removed its own handlers by then, and these bring them back.
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
