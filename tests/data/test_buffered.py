@@ -168,7 +168,7 @@ def test_batches_that_are_known_are_neither_announced_nor_read() -> None:
     def known_batch(cell_index, batch_seed):
         return cell_index if known else None
 
-    module = CellDataModule(store, order, np.arange(0), make_batch, 8, 3, 1, known_batch)
+    module = CellDataModule(store, FixedSize(order, 8, 1), None, make_batch, 3, 1, known_batch)
     loader, known = module.train_dataloader(), True
     np.testing.assert_array_equal(np.concatenate(list(loader)), epoch_of(order, 0, 8))
     assert not told

@@ -121,6 +121,12 @@ class LastCheckpoint(Checkpoint):
             log.info("Not in the main thread: Ctrl-C will not save a checkpoint.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
         # Not in `teardown`: Lightning has removed its own handlers by then, and these bring them back.
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
