@@ -89,32 +89,34 @@ def autoregressive(bundle: ModelBundle) -> AutoregressiveTransformer:
 def test_a_state_sees_what_came_before_and_nothing_else(sections: dict, embed: bool) -> None:
     bundle = make_bundle(**sections)
     model = autoregressive(bundle)
-    tokens = model.read(some_tokens(bundle, share=0.9))
+    tokens = model.readable(some_tokens(bundle, share=0.9))
     ids, values = tokens.input_ids.clone(), tokens.values.clone()
-    ids[:, 6] = bundle.vocab.first_gene_token + N_GENES - 1
-    values[:, 6] += 1
+    changed, earlier = tokens.positions == 6, tokens.positions < 6
+    assert changed.sum() == tokens.n_cells
+    ids[changed] = bundle.vocab.first_gene_token + N_GENES - 1
+    values[changed] += 1
     with torch.no_grad():
         before = model(tokens, embed)
         after = model(replace(tokens, input_ids=ids, values=values), embed)
-    assert torch.equal(before[:, :6], after[:, :6])
-    assert (before[:, 6:] != after[:, 6:]).any(dim=2).all()
+    assert torch.equal(before[earlier], after[earlier])
+    assert (before[~earlier] != after[~earlier]).any(dim=1).all()
 
 
 def test_a_count_draws_attention_from_later_genes_and_while_embedding_from_its_own() -> None:
     bundle = make_bundle(model={"count_bias": True}, **COUNTS)
     model = autoregressive(bundle)
-    tokens = model.read(some_tokens(bundle, share=0.9))
-    values = tokens.values.clone()
-    values[:, 6] += 5
-    changed = replace(tokens, values=values)
+    tokens = model.readable(some_tokens(bundle, share=0.9))
+    place = tokens.positions
+    assert (place == 6).sum() == tokens.n_cells
+    changed = replace(tokens, values=tokens.values + 5.0 * (place == 6))
     with torch.no_grad():
         differs = {
-            embed: (model(tokens, embed) != model(changed, embed)).any(dim=2)[0] for embed in (False, True)
+            embed: (model(tokens, embed) != model(changed, embed)).any(dim=1) for embed in (False, True)
         }
-    assert not differs[False][:7].any()
-    assert differs[False][7:].all()
-    assert not differs[True][:6].any()
-    assert differs[True][6:].all()
+    assert not differs[False][place <= 6].any()
+    assert differs[False][place > 6].all()
+    assert not differs[True][place < 6].any()
+    assert differs[True][place >= 6].all()
 
 
 def test_an_unknown_category_is_read_by_nobody() -> None:

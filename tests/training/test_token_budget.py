@@ -102,6 +102,15 @@ def test_a_batch_holds_the_tokens_that_it_may(whole: tuple[RunResult, list[tuple
     assert rates.iloc[-1] < rates.max() / 10, "the schedule ends with the run"
 
 
+def test_padding_is_what_a_batch_lacks_of_the_budget(whole: tuple[RunResult, list[tuple]]) -> None:
+    result, made = whole
+    tokens = [n for epoch, step, _, n in made if epoch < EPOCHS and (epoch, step) != (0, 0)]
+    assert result.performance["steps"] == len(tokens), "the first step warms up"
+    empty = len(tokens) * BUDGET - sum(tokens)
+    assert empty > 0
+    assert result.performance["padding_share"] == pytest.approx(empty / (len(tokens) * BUDGET))
+
+
 @pytest.mark.parametrize("share", [0.2, 1 / EPOCHS, 0.5])
 def test_a_resumed_run_ends_with_the_weights_of_a_whole_one(
     cells: Path, whole: tuple[RunResult, list[tuple]], tmp_path: Path, share: float
