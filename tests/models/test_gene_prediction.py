@@ -34,7 +34,9 @@ def test_loss_and_gradients_are_those_of_all_logits(
     monkeypatch.setattr(gene_prediction, "ROWS_ON_CPU", 4)
     ours, theirs = prediction(n, soft_cap), prediction(n, soft_cap)
     loss = ours.cross_entropy(genes(n), IGNORED)
-    expected = F.cross_entropy(theirs.logits, genes(n), ignore_index=IGNORED, reduction="sum")
+    logits = theirs.logits.double()
+    expected = F.cross_entropy(logits, genes(n), ignore_index=IGNORED, reduction="sum").float()
+    assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
     (2 * loss).backward()
     (2 * expected).backward()
@@ -52,15 +54,51 @@ def test_nothing_asked_is_no_loss_and_no_gradient() -> None:
     assert not nothing.weight.grad.any()
 
 
-def test_half_precision_loses_no_more_than_its_rounding() -> None:
-    exact = prediction(23, None).cross_entropy(genes(23), IGNORED)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = prediction(23, None)
-        loss = half.cross_entropy(genes(23), IGNORED)
+def test_what_is_ignored_is_no_loss_and_no_gradient() -> None:
+    ignored = prediction(5, 3.0)
+    loss = ignored.cross_entropy(torch.full((5,), IGNORED), IGNORED)
     loss.backward()
+    assert loss.item() == 0
+    for name in ("states", "weight", "bias"):
+        assert not getattr(ignored, name).grad.any()
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_half_precision_loses_no_more_than_its_rounding(soft_cap: float | None) -> None:
+    whole, half = prediction(23, soft_cap), prediction(23, soft_cap)
+    exact = whole.cross_entropy(genes(23), IGNORED)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = half.cross_entropy(genes(23), IGNORED)
+    (3 * exact).backward()
+    (3 * loss).backward()
     assert loss.dtype == torch.float32
-    assert half.weight.grad.dtype == torch.float32
+    assert loss != exact, "computed in half precision"
     torch.testing.assert_close(loss, exact, rtol=0.01, atol=0)
+    for name in ("states", "weight", "bias"):
+        ours, theirs = getattr(half, name).grad, getattr(whole, name).grad
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), name
+
+
+@pytest.mark.parametrize("frozen", ["states", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    part = prediction(7, None)
+    getattr(part, frozen).requires_grad_(False)
+    part.cross_entropy(genes(7), IGNORED).backward()
+    for name in ("states", "weight", "bias"):
+        assert (getattr(part, name).grad is None) == (name == frozen)
+
+
+def test_the_output_matrix_may_be_that_of_the_embedding() -> None:
+    def tied(loss_of) -> torch.Tensor:
+        start = prediction(7, None)
+        looked_up = F.embedding(torch.arange(7), start.weight)
+        loss_of(GenePrediction(looked_up, start.weight, start.bias, None)).backward()
+        return start.weight.grad
+
+    ours = tied(lambda part: part.cross_entropy(genes(7), IGNORED))
+    theirs = tied(lambda part: F.cross_entropy(part.logits, genes(7), ignore_index=IGNORED, reduction="sum"))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -212,12 +212,16 @@ def _pieces(cu_seqlens: torch.Tensor) -> Iterator[slice]:
     return (slice(a, b) for a, b in itertools.pairwise(starts) if b > a)
 
 
+def _log_sums(q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 @torch.library.custom_op("scmodelforge::attend_each", mutates_args=())
 def attend_each(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (total, heads, width) on the CPU, and float32 (total, heads): log of the sum of exp(score)."""
-    out, sums = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    """Attention (total, heads, width) on the CPU, and (total, heads): log of the sum of exp(score), at least float32."""
+    out, sums = torch.empty_like(q), _log_sums(q)
     for piece in _pieces(cu_seqlens):
         parts = [x[piece].transpose(0, 1)[None] for x in (q, k, v)]
         mixed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -255,7 +259,7 @@ def _attend_each_backward(
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return torch.empty_like(q), _log_sums(q)
 
 
 @_attend_each_backward.register_fake
