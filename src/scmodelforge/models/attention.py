@@ -220,7 +220,7 @@ def _log_sums(q: torch.Tensor) -> torch.Tensor:
 def attend_each(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (total, heads, width) on the CPU, and (total, heads): log of the sum of exp(score), at least float32."""
+    """Attention (total, heads, width) on the CPU, and float32 or 64 (total, heads): log of the sum of exp(score)."""
     out, sums = torch.empty_like(q), _log_sums(q)
     for piece in _pieces(cu_seqlens):
         parts = [x[piece].transpose(0, 1)[None] for x in (q, k, v)]
