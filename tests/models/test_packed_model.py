@@ -43,7 +43,9 @@ CASES: dict[str, tuple[Names, dict[str, Any]]] = {
         ("binned_expression", "transformer_encoder", "expression_reconstruction"),
         {
             "tokenizer": {"include_zero_genes": True, "max_genes": 210},
-            "model": {"objective": BATCHES | {"zero_probability": True, "cell_weight": 0.7}},
+            "model": {
+                "objective": BATCHES | {"zero_probability": True, "cell_weight": 0.7, "batch_labels": True}
+            },
         },
     ),
     "generated twice": (
