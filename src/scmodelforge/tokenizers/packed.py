@@ -214,6 +214,7 @@ def pack_queries(
     with_obs
         Whether obs columns are in the sequences.
     """
+    assert tokens.n_padding == 0, "a tail would be read as tokens of the first cell"
     n_cells, device = tokens.n_cells, ids.device
     n_queries = torch.bincount(cell, minlength=n_cells)
     before = tokens.starts - tokens.cu_seqlens[:n_cells] if with_obs else torch.zeros_like(tokens.lengths)
