@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,19 @@ def test_the_surplus_asks_about_nothing(n_asked: int) -> None:
         real, surplus = getattr(filled, name).split([plain.n_asked, len(filled.asked) - plain.n_asked])
         assert torch.equal(real, getattr(plain, name))
         assert not surplus.any(), f"{name}: <pad> is 0 here"
+
+
+@pytest.mark.parametrize("names", [VALUES, NEXT])
+def test_questions_stand_behind_the_columns_of_their_cell(names: Names) -> None:
+    config = config_of(TABLE[names], tokenizer={"obs_tokens": ["donor", "assay"]})
+    vocab = make_vocab(N_GENES).with_obs_categories({"assay": ["x"], "donor": ["a", "b"]})
+    cells = make_cells(np.array(real_counts()[:5]))
+    obs = np.array([[1, 2], [0, 1], [0, 0], [1, 0], [1, 1]])
+    task = build_objective(config, vocab)
+    batch = task.corrupt(build_tokenizer(config, vocab)(replace(cells, obs=obs)), 1, 0)
+    packed, width = task.pack(batch), batch.tokens.input_ids.shape[1]
+    assert torch.equal(packed.tokens.cell[packed.asked], batch.cell)
+    assert torch.equal(packed.tokens.positions[packed.asked], batch.asked % width)
 
 
 def sizes(batch: PackedBatch) -> tuple[int, int]:

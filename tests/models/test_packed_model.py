@@ -18,6 +18,7 @@ from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.bundle import build_model
 from scmodelforge.models.objectives import build_objective
 from scmodelforge.models.objectives.batch import Objective, PackedBatch
+from scmodelforge.models.objectives.counts import EPSILON
 from scmodelforge.models.transformer import Block, Transformer
 from scmodelforge.strategies import TABLE
 from scmodelforge.tokenizers.base import build_tokenizer
@@ -163,6 +164,7 @@ def test_a_tail_and_questions_about_nothing_change_nothing(case: str) -> None:
     filled: PackedBatch = task.pack(batch, total=total, n_sequences=20, n_asked=packed.n_asked + 50)
     output = task(model, filled)
     assert filled.n_padding == total - n_tokens
+    assert len(filled.tokens.cu_seqlens) == 21
     assert filled.n_asked == packed.n_asked
     if packed.queries is None:
         assert len(filled.asked) % 128 == 0
@@ -208,6 +210,18 @@ def test_what_is_computed_again_is_the_same(case: str, monkeypatch: pytest.Monke
     assert torch.equal(*losses)
     same(*results)
     assert n_computed[1] == 2 * n_computed[0] > 0
+
+
+def test_what_is_no_gene_biases_as_a_count_of_one() -> None:
+    config, vocab, model, _ = made("counts that bias, columns and a cap")
+    tokens = model.readable(build_tokenizer(config, vocab)(some_cells()), total=400)
+    bias = model.sequences(tokens).key_bias
+    is_gene = tokens.input_ids >= vocab.first_gene_token
+    assert bias is not None
+    assert is_gene.any()
+    assert (~is_gene).sum() > tokens.n_padding + N_CELLS, "<cls>, columns and a tail"
+    torch.testing.assert_close(bias[is_gene], torch.log1p(tokens.values[is_gene] + EPSILON))
+    torch.testing.assert_close(bias[~is_gene], torch.full_like(bias[~is_gene], 1 + EPSILON).log1p())
 
 
 class NoWaiting(TorchDispatchMode):
