@@ -178,14 +178,14 @@ def test_other_errors_are_not_taken_for_too_little_memory(
 def test_bf16_where_the_processor_computes_in_it(
     monkeypatch: pytest.MonkeyPatch, bundle: ModelBundle, store: CellStore, expected: np.ndarray
 ) -> None:
-    monkeypatch.setattr(inference_batches, "_cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr(inference_batches, "bf16_on_cpu", lambda: True)
     half = embed_store(bundle, store, precision="bf16", device="cpu")
     assert half.dtype == np.float32
     assert not np.array_equal(half, expected)
     cosine = (half * expected).sum(1) / np.linalg.norm(half, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosine.min() > 0.999
     np.testing.assert_array_equal(embed_store(bundle, store, device="cpu"), expected)
-    monkeypatch.setattr(inference_batches, "_cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(inference_batches, "bf16_on_cpu", lambda: False)
     with pytest.raises(UserError, match=r"(?s)precision bf16: this processor \(without AVX512.*take 32"):
         embed_store(bundle, store, precision="bf16", device="cpu")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,6 @@ log = logging.getLogger(__name__)
 THREADS = 2
 BUDGET = {"cuda": 65_536, "cpu": 16_384}  # tokens of a batch
 PRECISIONS = ("32", "bf16")
-BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of a processor that computes in it: x86, x86, ARM
 
 
 def default_device() -> str:
@@ -49,7 +47,7 @@ def precision_for(asked: str | None, device: str) -> str:
     if asked not in (None, *PRECISIONS):
         raise UserError(f"precision is '{asked}'; it must be 32 or bf16.")
     on_gpu = device.startswith("cuda")
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_computes_bf16()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16_on_cpu()
     if asked == "bf16" and not fast:
         what = "GPU" if on_gpu else "processor (without AVX512-BF16 or AMX)"
         raise UserError(
@@ -59,13 +57,10 @@ def precision_for(asked: str | None, device: str) -> str:
     return asked or ("bf16" if on_gpu and fast else "32")
 
 
-def _cpu_computes_bf16() -> bool:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return False
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return not set(BF16_FLAGS).isdisjoint(flags.split())
+def bf16_on_cpu() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware: AVX512-BF16 or AMX."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which early versions of torch lack
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 class Computed(NamedTuple):

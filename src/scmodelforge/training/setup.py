@@ -27,6 +27,7 @@ from scmodelforge.config import Config, TrainingConfig
 from scmodelforge.config_io import to_yaml
 from scmodelforge.errors import ConfigError, require_extra
 from scmodelforge.files import ensure_writable, require_writable, write_text
+from scmodelforge.inference_batches import bf16_on_cpu
 from scmodelforge.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -94,12 +95,6 @@ def check_environment(training: TrainingConfig) -> None:
             f"training.optimizer.name muon needs torch 2.9 or newer, and this is {torch.__version__}. "
             "Use adamw, or update torch."
         )
-
-
-def bf16_on_cpu() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware: AVX512-BF16 or AMX."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which early versions of torch lack
-    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
 def accelerator(training: TrainingConfig) -> tuple[str, int]:
