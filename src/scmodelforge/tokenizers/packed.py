@@ -35,7 +35,7 @@ class PackedTokens(DeviceBatch):
         int64 (total): row in the batch of the cell; 0 in the tail.
     cu_seqlens
         int32 (n_sequences + 1): where each sequence begins, and the end. The first `n_cells` are the cells; those after
-        them cut the tail, or are empty.
+        them cut the tail.
     starts, lengths
         int64 (n_cells): flat place of a cell's first token, and how many tokens it has. A cell without tokens keeps
         one of `<pad>`.
@@ -104,9 +104,7 @@ class Packing:
         known_only = causal and config.model.pretraining_task != "expression_reconstruction"
         return cls(places, sizes, known_only, config.tokenizer.max_genes + len(places))
 
-    def __call__(
-        self, tokens: TokenBatch, total: int | None = None, n_sequences: int | None = None
-    ) -> PackedTokens:
+    def __call__(self, tokens: TokenBatch, total: int | None = None) -> PackedTokens:
         """Pack cells.
 
         Parameters
@@ -115,8 +113,6 @@ class Packing:
             The cells, padded.
         total
             Length of the result, whose tail belongs to no cell; None: as long as the cells.
-        n_sequences
-            Sequences that `cu_seqlens` names, empty ones included; None: as few as there are.
         """
         device, n_cells = tokens.input_ids.device, tokens.n_cells
         lengths = tokens.lengths.clamp(1, tokens.input_ids.shape[1])
@@ -138,7 +134,7 @@ class Packing:
             values=F.pad(tokens.values.flatten()[source].where(is_token, 0.0), (0, tail)),
             positions=F.pad(position.clamp(min=NO_TOKEN), (0, tail), value=NO_TOKEN),
             cell=F.pad(cell, (0, tail)),
-            cu_seqlens=_boundaries(ends, tail, self.longest, n_sequences),
+            cu_seqlens=_boundaries(ends, tail, self.longest),
             starts=first + n_obs,
             lengths=lengths,
             cell_index=tokens.cell_index,
@@ -155,13 +151,11 @@ class Packing:
         return sizes.cumsum(0) - sizes
 
 
-def _boundaries(ends: torch.Tensor, tail: int, longest: int, n_sequences: int | None) -> torch.Tensor:
-    """int32 `cu_seqlens` of cells that end at `ends`, of a tail cut into pieces, and of empty sequences."""
+def _boundaries(ends: torch.Tensor, tail: int, longest: int) -> torch.Tensor:
+    """int32 `cu_seqlens` of cells that end at `ends`, and of a tail cut into pieces."""
     last = int(ends[-1])
     cuts = torch.arange(last + longest, last + tail + longest, longest, device=ends.device)
-    every = torch.cat([ends.new_zeros(1), ends, cuts.clamp(max=last + tail)])
-    empty = 0 if n_sequences is None else max(n_sequences + 1 - len(every), 0)
-    return torch.cat([every, every[-1:].expand(empty)]).int()
+    return torch.cat([ends.new_zeros(1), ends, cuts.clamp(max=last + tail)]).int()
 
 
 def unpack(x: torch.Tensor, tokens: PackedTokens, length: int) -> torch.Tensor:

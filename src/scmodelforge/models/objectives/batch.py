@@ -59,7 +59,6 @@ class Sizes(TypedDict, total=False):
     """What a batch of fixed size is filled up to, see `pack`."""
 
     total: int
-    n_sequences: int
     n_asked: int
 
 
@@ -109,7 +108,6 @@ def pack(
     *,
     obs_in_queries: bool = True,
     total: int | None = None,
-    n_sequences: int | None = None,
     n_asked: int = 0,
 ) -> PackedBatch:
     """Pack a batch; one that is packed stays as it is.
@@ -118,14 +116,14 @@ def pack(
     ----------
     obs_in_queries
         Whether queries are read together with obs columns.
-    total, n_sequences
+    total
         As in `Packing.__call__`, for batches of a fixed size.
     n_asked
         Ask at least so many, the surplus about nothing, and a multiple of `ASKED_MULTIPLE`; 0: as many as there are.
     """
     if isinstance(batch, PackedBatch):
         return batch
-    tokens, cell = packing(batch.tokens, total, n_sequences), batch.cell
+    tokens, cell = packing(batch.tokens, total), batch.cell
     if batch.queries is None:
         asked, queries = tokens.starts[cell] + batch.asked % batch.tokens.input_ids.shape[1], None
     else:
