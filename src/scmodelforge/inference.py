@@ -34,6 +34,8 @@ from scmodelforge.tokenizers.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 
+COMPILED_FROM = 250_000  # cells on a GPU; with fewer, compiling takes longer than it saves
+
 EMBEDDING_KEY = "X_scmodelforge"
 
 
@@ -117,11 +119,15 @@ def embeddings_of(
     model = bundle.model.to(device).eval()
     if (pooling or model.pooling) == "cls" and not bundle.config.tokenizer.prepend_cls:
         log.warning("pooling cls: this model has no <cls> token, so the first gene's hidden state is taken.")
+    encode = model.encode
+    if device.startswith("cuda") and len(rows) >= COMPILED_FROM:
+        log.info("Compiling the model, which takes some ten seconds and pays with so many cells.")
+        encode = torch.compile(encode, dynamic=True)
     return compute_cells(
         bundle,
         store,
         rows,
-        lambda tokens: model.encode(tokens, pooling),
+        lambda tokens: encode(tokens, pooling),
         batch_size=batch_size,
         device=device,
         precision=precision,

@@ -111,6 +111,18 @@ def test_a_step_never_waits_for_the_gpu(row: Combination) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+CHANGED = TABLE["continuous_projection", "autoregressive_transformer", "dual_prediction"]
+
+
+def test_a_compiled_step_is_the_same_where_scores_are_changed() -> None:
+    model, task, batch = made(CHANGED, soft_cap=5.0)
+    loss, gradient = loss_and_gradient(model, task, batch)
+    model, batch = model.cuda(), batch.to(torch.device("cuda"))
+    on_gpu, its_gradient = loss_and_gradient(model, torch.compile(task), batch)
+    assert on_gpu == pytest.approx(float(loss), rel=1e-4)
+    assert (its_gradient - gradient).norm() < 1e-3 * gradient.norm()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_on_a_gpu_learns_and_reports(tmp_path: Path, compiled: bool) -> None:
     config = tiny_config(

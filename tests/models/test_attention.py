@@ -7,10 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_mask
 
 from scmodelforge.models import attention
-from scmodelforge.models.attention import Sequences, attend, bias_in_channels, reading, varlen_options
+from scmodelforge.models.attention import (
+    Sequences,
+    attend,
+    bias_in_channels,
+    change_of_scores,
+    varlen_options,
+    who_reads,
+)
 
 LENGTHS = (3, 0, 5, 1, 7)
 TOTAL, HEADS, WIDTH = sum(LENGTHS), 2, 4
@@ -137,7 +147,7 @@ def test_the_bias_rides_in_the_keys(dtype: torch.dtype) -> None:
 def test_what_a_gpu_is_told_is_the_same_formula(kind: str) -> None:
     sequences, soft_cap = KINDS[kind]
     expected = dense(*heads(), sequences, soft_cap)
-    reads, changed = reading(sequences, TOTAL, soft_cap)
+    reads, changed = who_reads(sequences, TOTAL), change_of_scores(sequences, TOTAL, soft_cap)
     q, k, v = heads()
     i, j = torch.meshgrid(torch.arange(TOTAL), torch.arange(TOTAL), indexing="ij")
     scores = changed(torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(WIDTH), 0, 0, i, j)
@@ -161,6 +171,45 @@ def test_a_gpu_reads_sequences_longer_and_shorter_than_its_blocks() -> None:
     torch.testing.assert_close(mixed, dense(q, k, v, sequences, 4.0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("some", [False, True])
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 90, 127, 128, 129, 300]), min_size=1, max_size=6),
+    tail=st.booleans(),
+)
+@settings(max_examples=15, deadline=None)
+def test_a_gpu_looks_at_the_blocks_that_are_read_and_no_others(
+    causal: bool, some: bool, lengths: list[int], tail: bool
+) -> None:
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    total = int(ends[-1]) + 100 * tail
+    everyone = torch.arange(total) % 3 != 1 if some else None
+    sequences = Sequences(ends, max(lengths), causal, read_by_all=everyone)
+    blocks = attention.blocks_of(sequences, total)
+    padded = total + -total % attention.BLOCK
+    reads = who_reads(sequences, padded)
+    pairs = create_mask(reads, None, None, padded, padded, device="cpu")[0, 0]
+    n = padded // attention.BLOCK
+    if n == 0:
+        return
+    by_block = pairs.view(n, attention.BLOCK, n, attention.BLOCK).transpose(1, 2).flatten(2)
+    partly = torch.zeros(n, n, dtype=torch.bool)
+    whole = torch.zeros(n, n, dtype=torch.bool)
+    for found, counts, indices in (
+        (partly, blocks.kv_num_blocks, blocks.kv_indices),
+        (whole, blocks.full_kv_num_blocks, blocks.full_kv_indices),
+    ):
+        for i in range(n):
+            found[i, indices[0, 0, i, : counts[0, 0, i]].long()] = True
+    assert not (partly & whole).any()
+    if everyone is None:
+        assert torch.equal(partly | whole, by_block.any(2)), "none is missed, and none looked at in vain"
+        assert torch.equal(whole, by_block.all(2))
+    else:
+        assert not (by_block.any(2) & ~(partly | whole)).any()
+        assert not whole.any()
+
+
 @pytest.mark.parametrize("kind", FASTEST)
 @pytest.mark.parametrize("parameters", [{"is_causal", "scale"}, {"window_size", "scale"}])
 def test_the_kernel_of_a_gpu_gets_heads_of_a_width_that_it_takes(
@@ -177,7 +226,8 @@ def test_the_kernel_of_a_gpu_gets_heads_of_a_width_that_it_takes(
         # `dense` scales by the width that it sees.
         return dense(q * scale * math.sqrt(q.shape[-1]), k, v, Sequences(starts, longest, causal))
 
-    monkeypatch.setattr(attention, "_varlen", lambda: (kernel, frozenset(parameters)))
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "VARLEN_PARAMETERS", frozenset(parameters))
     sequences, _ = KINDS[kind]
     q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in heads())
     expected, scale = dense(q, k, v, sequences), 1 / math.sqrt(WIDTH)

@@ -15,13 +15,20 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+try:  # from torch 2.10 on; its parameters changed from version to version
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters if varlen_attn else ())
 BLOCK = 128  # FlexAttention works on blocks of so many tokens
 CHANNELS = 8  # the kernels of a GPU take heads whose width is a multiple of this
 
@@ -44,6 +51,8 @@ class Sequences:
         Whether `key_bias` of a token is added where the token reads itself, too.
     read_by_all
         bool (total): a token that is not is read by itself alone. None: all are.
+    blocks
+        What FlexAttention needs to know of all this, see `with_blocks`.
     """
 
     cu_seqlens: torch.Tensor
@@ -52,6 +61,12 @@ class Sequences:
     key_bias: torch.Tensor | None = None
     biases_itself: bool = True
     read_by_all: torch.Tensor | None = None
+    blocks: BlockMask | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are those of the queries and keys, with at most a bias of the keys."""
+        return self.read_by_all is None and (self.key_bias is None or self.biases_itself)
 
 
 def attend(
@@ -67,13 +82,11 @@ def attend(
     Scores are q·k / √(head width) + bias, squashed to soft_cap · tanh(score / soft_cap) where there is a cap.
     """
     scale = 1 / math.sqrt(q.shape[-1])
-    if dropout == 0 and soft_cap is None and sequences.read_by_all is None:
+    if dropout == 0 and soft_cap is None and sequences.plain:
         if sequences.key_bias is None:
             return _fastest(q, k, v, sequences, scale)
-        if sequences.biases_itself:
-            return _fastest(*bias_in_channels(q, k, v, sequences.key_bias, scale), sequences, scale)[
-                ..., : v.shape[-1]
-            ]
+        biased = bias_in_channels(q, k, v, sequences.key_bias, scale)
+        return _fastest(*biased, sequences, scale)[..., : v.shape[-1]]
     if dropout == 0 and q.is_cuda:
         return _flexible(q, k, v, sequences, soft_cap, scale)
     return attend_by_formula(q, k, v, sequences, soft_cap, dropout)
@@ -102,7 +115,7 @@ def bias_in_channels(
 def _fastest(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, scale: float
 ) -> torch.Tensor:
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.float16, torch.bfloat16):
         return _variable_length(q, k, v, sequences, scale)
     if q.is_cuda:
         return attend_by_formula(q, k, v, sequences, scale=scale)
@@ -110,14 +123,6 @@ def _fastest(
 
 
 # --- GPU ------------------------------------------------------------------------------------------
-
-
-@cache
-def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
-    """torch's variable-length attention and its parameters, which changed from version to version (2.10 on)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_options(parameters: frozenset[str], causal: bool, scale: float, width: int) -> dict[str, Any]:
@@ -146,12 +151,11 @@ def varlen_options(parameters: frozenset[str], causal: bool, scale: float, width
 def _variable_length(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, scale: float
 ) -> torch.Tensor:
-    attention, parameters = _varlen()
     width, room = v.shape[-1], -q.shape[-1] % CHANNELS
     q, k, v = (F.pad(x, (0, room)) if room else x.contiguous() for x in (q, k, v))
-    options = varlen_options(parameters, sequences.causal, scale, q.shape[-1])
+    options = varlen_options(VARLEN_PARAMETERS, sequences.causal, scale, q.shape[-1])
     starts, longest = sequences.cu_seqlens, sequences.max_length
-    return attention(q, k, v, starts, starts, longest, longest, **options)[..., :width]
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[..., :width]
 
 
 def _flexible(
@@ -162,12 +166,10 @@ def _flexible(
     soft_cap: float | None,
     scale: float,
 ) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    total, n_padded = q.shape[0], q.shape[0] + -q.shape[0] % BLOCK
-    reads, changed = reading(sequences, n_padded, soft_cap)
-    blocks = create_block_mask(reads, None, None, n_padded, n_padded, device=str(q.device))
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n_padded - total)).transpose(0, 1)[None] for x in (q, k, v))
+    total, room = len(q), -len(q) % BLOCK
+    blocks = sequences.blocks or blocks_of(sequences, total)
+    changed = change_of_scores(sequences, total + room, soft_cap)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, room)).transpose(0, 1)[None] for x in (q, k, v))
     attention: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
     mixed = attention(q, k, v, score_mod=changed, block_mask=blocks, scale=scale)
     return mixed[0].transpose(0, 1)[:total]
@@ -178,16 +180,52 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def reading(
-    sequences: Sequences, total: int, soft_cap: float | None
-) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    """The functions that FlexAttention asks: who reads whom, and what becomes of a score."""
-    places = torch.arange(total, device=sequences.cu_seqlens.device, dtype=sequences.cu_seqlens.dtype)
-    number = torch.searchsorted(sequences.cu_seqlens, places, right=True)
-    bias, everyone = (
-        None if given is None else F.pad(given, (0, total - len(given)))
-        for given in (sequences.key_bias, sequences.read_by_all)
-    )
+def with_blocks(sequences: Sequences, x: torch.Tensor, soft_cap: float | None) -> Sequences:
+    """The same, with the blocks of x (total, …) where all layers need them, so that they are found once."""
+    if not x.is_cuda or (soft_cap is None and sequences.plain):
+        return sequences
+    return replace(sequences, blocks=blocks_of(sequences, len(x)))
+
+
+@torch.compiler.disable
+def blocks_of(sequences: Sequences, total: int) -> BlockMask:
+    """Which blocks of keys each block of queries reads, from the ends of sequences: no pair of tokens is looked at.
+
+    `create_block_mask` would look at all of them: 4 GB for 65,536 tokens.
+    """
+    ends = sequences.cu_seqlens
+    padded = total + -total % BLOCK
+    number = _number(ends, padded)  # behind the last end lies one more sequence
+    ends = torch.cat([ends, ends.new_full((1,), padded)])
+    first, last = number[::BLOCK], number[BLOCK - 1 :: BLOCK]
+    block = torch.arange(padded // BLOCK, device=ends.device, dtype=ends.dtype)
+    begin, end = ends[first - 1] // BLOCK, (ends[last] - 1) // BLOCK
+    read = (block >= begin[:, None]) & (block <= end[:, None])
+    whole = (first == last)[:, None] & (block * BLOCK >= ends[first - 1][:, None])
+    whole = whole & ((block + 1) * BLOCK <= ends[last][:, None])
+    if sequences.causal:
+        read, whole = read & (block <= block[:, None]), whole & (block < block[:, None])
+    if sequences.read_by_all is not None:
+        whole = torch.zeros_like(whole)
+    partly, whole = _in_order(read & ~whole), _in_order(whole)
+    return BlockMask.from_kv_blocks(*partly, *whole, BLOCK_SIZE=BLOCK, mask_mod=who_reads(sequences, padded))
+
+
+def _number(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """int64 (total): which sequence each place lies in, from 1 on."""
+    places = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, places, right=True)
+
+
+def _in_order(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each row are chosen, and which, those first: int32 (1, 1, n) and (1, 1, n, n)."""
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)
+    return chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+
+def who_reads(sequences: Sequences, total: int) -> Callable[..., torch.Tensor]:
+    """The function that FlexAttention asks whether a token reads another."""
+    number, everyone = _number(sequences.cu_seqlens, total), _filled(sequences.read_by_all, total)
 
     def reads(batch: Any, head: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         allowed = number[i] == number[j]
@@ -195,12 +233,23 @@ def reading(
             allowed = allowed & (i >= j)
         return allowed if everyone is None else allowed & (everyone[j] | (i == j))
 
+    return reads
+
+
+def change_of_scores(sequences: Sequences, total: int, soft_cap: float | None) -> Callable[..., torch.Tensor]:
+    """The function that FlexAttention asks what becomes of a score."""
+    bias = _filled(sequences.key_bias, total)
+
     def changed(score: torch.Tensor, batch: Any, head: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         if bias is not None:
             score = score + (bias[j] if sequences.biases_itself else torch.where(i == j, 0.0, bias[j]))
         return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
 
-    return reads, changed
+    return changed
+
+
+def _filled(given: torch.Tensor | None, total: int) -> torch.Tensor | None:
+    return None if given is None else F.pad(given, (0, total - len(given)))
 
 
 # --- one sequence after the other -----------------------------------------------------------------

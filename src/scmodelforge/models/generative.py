@@ -62,8 +62,10 @@ class GenerativeTransformer(TransformerEncoder):
         x = perceived.new_zeros(n_all, perceived.shape[1])
         x = x.index_copy(0, queries.token_places, perceived)
         x = x.index_copy(0, queries.places, generated.to(x.dtype))
-        is_perceived = torch.zeros(n_all, dtype=torch.bool, device=x.device)
-        is_perceived[queries.token_places] = True
+        nothing = torch.zeros(n_all, dtype=torch.bool, device=x.device)
+        is_perceived = nothing.index_fill(
+            0, queries.token_places, True
+        )  # an assignment would wait for the GPU
         sequences = Sequences(queries.cu_seqlens, queries.max_length, read_by_all=is_perceived)
         projected = is_perceived[:, None] if self.config.model.objective.reference else None
         states = self.transformer(x, sequences, projected)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scmodelforge.config import ModelConfig
-from scmodelforge.models.attention import Sequences, attend
+from scmodelforge.models.attention import Sequences, attend, with_blocks
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 INITIALIZER_RANGE = 0.02  # Devlin et al. 2019; Theodoris et al. 2023
@@ -113,6 +113,7 @@ class Transformer(nn.Module):
         self.final_norm = (
             nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps) if final_norm else nn.Identity()
         )
+        self.soft_cap = config.soft_cap
         self.recomputes = False
 
     def states(
@@ -130,6 +131,7 @@ class Transformer(nn.Module):
             bool (total, 1): which of them pass attention's out projection; None: all (see `generative.py`).
         """
         yield x
+        sequences = with_blocks(sequences, x, self.soft_cap)
         for number, block in enumerate(self.blocks, 1):
             if self.recomputes and torch.is_grad_enabled():
                 x = checkpoint(block, x, sequences, projected, use_reentrant=False)
