@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch._dynamo.utils import counters
 
 from scmodelforge.config_io import parse_config
 from scmodelforge.training import setup
@@ -38,6 +39,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_nothing_later(
         lambda *args, **options: build(*args, **options, callbacks=(NothingIsCompiledLater(),)),
     )
     torch.compiler.reset()
+    counters.clear()
     for compiled in (True, False):
         config = {
             "data": {"gene_vocab": "from_data"},
@@ -53,5 +55,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_nothing_later(
         }
         train(parse_config(config), data=marker_cells(100))
         losses[compiled] = pd.read_csv(tmp_path / str(compiled) / "metrics.csv")["train_loss"].dropna()
+        if compiled and "tokens_per_batch" in sizes:
+            assert counters["stats"]["unique_graphs"] == 1, "whatever the number of cells"
     assert len(losses[True]) >= 9
     assert losses[True].to_numpy() == pytest.approx(losses[False].to_numpy(), abs=2e-5)

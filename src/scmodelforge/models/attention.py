@@ -23,12 +23,13 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+varlen_attn: Callable[..., Any] | None
 try:  # from torch 2.10 on; its parameters changed from version to version
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
 
-VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters if varlen_attn else ())
+VARLEN_PARAMETERS = frozenset(() if varlen_attn is None else inspect.signature(varlen_attn).parameters)
 BLOCK = 128  # FlexAttention works on blocks of so many tokens
 CHANNELS = 8  # the kernels of a GPU take heads whose width is a multiple of this
 
@@ -151,6 +152,7 @@ def varlen_options(parameters: frozenset[str], causal: bool, scale: float, width
 def _variable_length(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, scale: float
 ) -> torch.Tensor:
+    assert varlen_attn is not None
     width, room = v.shape[-1], -q.shape[-1] % CHANNELS
     q, k, v = (F.pad(x, (0, room)) if room else x.contiguous() for x in (q, k, v))
     options = varlen_options(VARLEN_PARAMETERS, sequences.causal, scale, q.shape[-1])
@@ -207,8 +209,8 @@ def blocks_of(sequences: Sequences, total: int) -> BlockMask:
         read, whole = read & (block <= block[:, None]), whole & (block < block[:, None])
     if sequences.read_by_all is not None:
         whole = torch.zeros_like(whole)
-    partly, whole = _in_order(read & ~whole), _in_order(whole)
-    return BlockMask.from_kv_blocks(*partly, *whole, BLOCK_SIZE=BLOCK, mask_mod=who_reads(sequences, padded))
+    reads = who_reads(sequences, padded)
+    return BlockMask.from_kv_blocks(*_in_order(read & ~whole), *_in_order(whole), BLOCK, reads)
 
 
 def _number(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:

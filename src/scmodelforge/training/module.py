@@ -108,6 +108,14 @@ def loss_terms(task: Objective, model: CellTransformer, batch: PackedBatch) -> d
     return task(model, batch).terms
 
 
+def any_number_of_cells(batch: PackedBatch) -> None:
+    """Let the compiler take the number of cells for a variable at once: all else is the same in batches of a budget."""
+    tokens = batch.tokens
+    for x in (tokens.cu_seqlens, tokens.starts, tokens.lengths, tokens.cell_index, tokens.obs):
+        if x is not None:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
 class PretrainingModule(TrainingModule):
     """Pretraining on one task."""
 
@@ -120,6 +128,8 @@ class PretrainingModule(TrainingModule):
         self.sums = torch.zeros(len(self.task.sums), dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> torch.Tensor:
+        if self.training_config.compile:
+            any_number_of_cells(batch)
         return self.shared_loss(self.loss_terms(self.task, self.model, batch), batch.n_tokens)
 
     def flops(self, batch: PackedBatch) -> torch.Tensor:
