@@ -8,9 +8,10 @@ tokenize ahead. Where the memory is too small, the budget is halved until a batc
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from scmodelforge.tokenizers.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 
-THREADS = 2
+THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))
 BUDGET = {"cuda": 65_536, "cpu": 16_384}  # tokens of a batch
 PRECISIONS = ("32", "bf16")
 
@@ -107,28 +108,49 @@ def compute_cells(
     run = FittingBatches(compute, bundle.model.readable, device, precision)
     rows = np.ascontiguousarray(rows, dtype=np.int64)  # torch takes no reversed view
     before: tuple[torch.Tensor, int] | None = None
-    for tokens in token_batches(bundle, store, rows, batch_size):
-        values = run(tokens)
+    for parts in batches_of(bundle, store, rows, batch_size, run.parts):
+        values = run(parts)
         if before is not None:  # fetched only now, so that a GPU has the next batch while it is waited for
             yield Computed(before[0].float().cpu().numpy(), before[1])
-        before = values, _n_empty(bundle, tokens)
+        before = values, sum(_n_empty(bundle, part.cells) for part in parts)
     if before is not None:
         yield Computed(before[0].float().cpu().numpy(), before[1])
+
+
+Made = TypeVar("Made")
+
+
+def batches_of(
+    bundle: ModelBundle,
+    store: CellStore,
+    rows: np.ndarray,
+    batch_size: int,
+    prepare: Callable[[TokenBatch], Made],
+) -> Iterator[Made]:
+    """What `prepare` makes of the tokens of the given rows, in their order; threads do it ahead of the model."""
+    tokenizer = build_tokenizer(bundle.config, bundle.vocab)
+    in_order = (
+        bundle.config.tokenizer.bin_ties == "numpy"
+    )  # numpy's generator serves one cell after the other
+
+    def make(epoch: int, step: int) -> Made:
+        return prepare(tokenizer(store.read(rows[step * batch_size : (step + 1) * batch_size])))
+
+    yield from BatchLoader(make, -(-len(rows) // batch_size), 1 if in_order else THREADS)
 
 
 def token_batches(
     bundle: ModelBundle, store: CellStore, rows: np.ndarray, batch_size: int
 ) -> Iterator[TokenBatch]:
     """Token batches of the given rows of a store, in their order, made by threads ahead of the model."""
-    tokenizer = build_tokenizer(bundle.config, bundle.vocab)
-    in_order = (
-        bundle.config.tokenizer.bin_ties == "numpy"
-    )  # numpy's generator serves one cell after the other
+    return batches_of(bundle, store, rows, batch_size, lambda tokens: tokens)
 
-    def make(epoch: int, step: int) -> TokenBatch:
-        return tokenizer(store.read(rows[step * batch_size : (step + 1) * batch_size]))
 
-    yield from BatchLoader(make, -(-len(rows) // batch_size), 1 if in_order else THREADS)
+class Part(NamedTuple):
+    """Some cells of a batch, as tokens and packed for the model."""
+
+    cells: TokenBatch
+    packed: PackedTokens
 
 
 class FittingBatches:
@@ -152,31 +174,36 @@ class FittingBatches:
         self.precision = precision
         self.budget = BUDGET.get(self.device.type, BUDGET["cpu"])
 
-    def __call__(self, tokens: TokenBatch) -> torch.Tensor:
-        """Return (n_cells, width) on the device for a batch on the CPU."""
-        parts = []
-        waiting = within_budget(tokens, self.budget)
+    def parts(self, tokens: TokenBatch) -> list[Part]:
+        """The cells of a batch in parts that fit the budget; called from threads."""
+        cells = within_budget(tokens, self.budget)
+        packed = [self.pack(part) for part in cells]
+        if self.device.type == "cuda":
+            packed = [part.pin_memory() for part in packed]
+        return list(map(Part, cells, packed))
+
+    def __call__(self, batch: TokenBatch | list[Part]) -> torch.Tensor:
+        """Return (n_cells, width) on the device for a batch on the CPU, or for its parts."""
+        done, waiting = [], self.parts(batch) if isinstance(batch, TokenBatch) else batch
         while waiting:
             part, *waiting = waiting
+            if len(within_budget(part.cells, self.budget)) > 1:  # it was made before the budget was halved
+                waiting = [*self.parts(part.cells), *waiting]
+                continue
             computed = self._try(part)
             if computed is None:
-                self._back_off(part)
-                waiting = [
-                    smaller for other in (part, *waiting) for smaller in within_budget(other, self.budget)
-                ]
+                self._back_off(part.cells)
+                waiting = [part, *waiting]
             else:
-                parts.append(computed)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+                done.append(computed)
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     @torch.inference_mode()
-    def _try(self, part: TokenBatch) -> torch.Tensor | None:
+    def _try(self, part: Part) -> torch.Tensor | None:
         """Return what is computed, or None if the memory is too small."""
         try:
-            packed = self.pack(part)
-            if self.device.type == "cuda":
-                packed = packed.pin_memory()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                return self.compute(packed.to(self.device, non_blocking=True))
+                return self.compute(part.packed.to(self.device, non_blocking=True))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
