@@ -31,6 +31,7 @@ except ImportError:
 
 VARLEN_PARAMETERS = frozenset(() if varlen_attn is None else inspect.signature(varlen_attn).parameters)
 BLOCK = 128  # FlexAttention works on blocks of so many tokens
+MOST_SCORES = 2**22  # of a sequence (heads × length²) that a processor's cache holds in half precision
 CHANNELS = 8  # the kernels of a GPU take heads whose width is a multiple of this
 
 
@@ -296,14 +297,63 @@ def _attend_each_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    by_products = q.dtype == torch.bfloat16
+    factors = _factors(gradient, q, k, v, out, sums, scale) if by_products else ()
     for piece in _pieces(cu_seqlens):
-        parts = [x[piece].transpose(0, 1)[None] for x in (gradient, q, k, v, out)]
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *parts, sums[piece].T[None], 0.0, causal, scale=scale
-        )
+        parts = [x[piece].transpose(0, 1) for x in (gradient, q, k, v, out)]
+        if by_products and q.shape[1] * (piece.stop - piece.start) ** 2 <= MOST_SCORES:
+            wide = [x[piece].transpose(0, 1) for x in factors]
+            gradients = _gradients(parts[:3], wide, causal, scale)
+        else:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            whole = kernel(*(x[None] for x in parts), sums[piece].T[None], 0.0, causal, scale=scale)
+            gradients = tuple(x[0] for x in whole)
         for result, part in zip(results, gradients, strict=True):
-            result[piece] = part[0].transpose(0, 1)
+            result[piece] = part.transpose(0, 1)
     return results
+
+
+def _factors(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Four tensors (total, heads, width + 2), whose products are log weights, and gradients of weights less their mean.
+
+    What is to be subtracted rides in channels of its own, as in `bias_in_channels`.
+    """
+    ones = q.new_ones(*q.shape[:2], 2)
+    mean = (gradient.float() * out.float()).sum(-1)
+
+    def less(x: torch.Tensor, subtracted: torch.Tensor) -> torch.Tensor:
+        high = subtracted.to(x.dtype)
+        low = (subtracted - high.float()).to(x.dtype)
+        return torch.cat([x, -high[..., None], -low[..., None]], dim=-1)
+
+    wide_k, wide_v = (torch.cat([x, ones], dim=-1) for x in (k, v))
+    return less(q * scale, sums), wide_k, less(gradient, mean), wide_v
+
+
+def _gradients(
+    parts: list[torch.Tensor], factors: list[torch.Tensor], causal: bool, scale: float
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k and v of one sequence, (heads, length, width), by five matrix products in half precision.
+
+    Up to twice as fast as torch's kernel while the scores stay in the processor's cache. `parts` are the gradient of
+    the output, q and k, `factors` those of `_factors`.
+    """
+    gradient, q, k = parts
+    wide_q, wide_k, wide_gradient, wide_v = factors
+    weights = torch.bmm(wide_q, wide_k.transpose(1, 2)).exp_()
+    if causal:
+        weights.tril_()
+    of_v = torch.bmm(weights.transpose(1, 2), gradient)
+    of_scores = torch.bmm(wide_gradient, wide_v.transpose(1, 2)).mul_(weights)
+    return torch.bmm(of_scores, k) * scale, torch.bmm(of_scores.transpose(1, 2), q) * scale, of_v
 
 
 @attend_each.register_fake

@@ -114,6 +114,7 @@ def _total_and_gradients(
     n_rows = min(chunks[0].stop, len(states)) if chunks else 0
     some_logits = states.new_empty(n_rows, len(weight))
     some_log_p = states.new_empty(n_rows, len(weight), dtype=torch.float32)
+    some_of_logits = torch.empty_like(some_logits)
     some_of_weight = torch.empty_like(weight)
     for rows in chunks:
         some_states, right = states[rows], genes[rows][:, None]
@@ -129,14 +130,17 @@ def _total_and_gradients(
         total = total - (log_p.gather(1, right) * counted).sum()
         if not gradients:
             continue
-        of_logits = log_p.exp_()  # softmax, then minus one at the right gene
+        # Softmax of the logits once more: in half precision that moves half the memory of exp(log_p). Rows that do not
+        # count are taken out of the small factors, not of the large one.
+        counted = counted.to(states.dtype)
+        of_logits = torch.softmax(logits, 1, out=some_of_logits[: len(right)])
         of_logits.scatter_add_(1, right, torch.full_like(counted, -1.0))
-        of_logits *= counted if slope is None else counted * slope
-        logits.copy_(of_logits)
-        of_states[rows] = logits @ weight
-        torch.mm(logits.T, some_states, out=some_of_weight)
+        if slope is not None:
+            of_logits *= slope
+        of_states[rows] = (of_logits @ weight) * counted
+        torch.mm(of_logits.T, some_states * counted, out=some_of_weight)
         of_weight += some_of_weight
-        of_bias += logits.sum(dim=0, dtype=torch.float32)
+        of_bias += torch.mv(of_logits.T, counted[:, 0])
     return total, of_states, of_weight, of_bias
 
 
