@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from scmodelforge.config_io import differences, load_config, to_yaml
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models import hub
 from scmodelforge.models.base import CellTransformer
+from scmodelforge.models.card import CARD, model_card
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.models.published import LOOKS, family_of
 
@@ -229,14 +232,16 @@ def assemble(
 
 
 def load_model(path: str | Path) -> ModelBundle:
-    """Load a model from a checkpoint (.ckpt) or a model folder, on the CPU and in evaluation mode.
+    """Load a model from a checkpoint (.ckpt), a model folder or the Hub, on the CPU and in evaluation mode.
+
+    On the Hub it is hf://USER/NAME@COMMIT (or a tag or branch), which is kept in the cache of huggingface_hub.
 
     Raises
     ------
     ModelError
         If it is missing, damaged, or its parts do not fit each other.
     """
-    path = Path(path)
+    path = hub.local_path(path)
     if not path.is_dir():
         return bundle_from_checkpoint(read_checkpoint(path), str(path))
     for name in ("config.yaml", "model.safetensors", "genes.parquet"):
@@ -322,8 +327,13 @@ def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
     )
 
 
-def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Path:
-    """Write a model folder; each file is written whole or not at all. Returns the folder."""
+def save_bundle(
+    bundle: ModelBundle, folder: str | Path, notes: str = "", run: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a model folder; each file is written whole or not at all. Returns the folder.
+
+    `notes` and `run`, the record in run.json, go into the model card.
+    """
     folder = ensure_writable(folder)
     state = {f"model.{name}": tensor.contiguous() for name, tensor in bundle.model.state_dict().items()}
     if bundle.head is not None:
@@ -334,24 +344,5 @@ def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Pat
     if bundle.labels is not None:
         write_text(folder / "labels.json", json.dumps(bundle.describe()["labels"], indent=2) + "\n")
     write_text(folder / "config.yaml", to_yaml(bundle.config))
-    write_text(folder / "model_card.md", _model_card(bundle, notes))
+    write_text(folder / CARD, model_card(bundle, notes, run))
     return folder
-
-
-def _model_card(bundle: ModelBundle, notes: str) -> str:
-    config, vocab = bundle.config, bundle.vocab
-    data = str(config.data.census or ", ".join(Path(path).name for path in config.data.paths))
-    lines = [
-        f"# {config.model.architecture}, {bundle.n_parameters:,} parameters",
-        "",
-        f"- Tokens: {config.tokenizer.strategy}, at most {config.tokenizer.max_genes} per cell",
-        f"- Genes: {vocab.n_genes:,} ({vocab.name}, species {vocab.species}), fingerprint {vocab.fingerprint[:16]}",
-        f"- Model: {config.model.num_layers} layers × {config.model.hidden_dim}, {config.model.num_heads} heads",
-        f"- Pretraining task: {config.model.pretraining_task}",
-        f"- Data: {data or 'in memory, or not named'}",
-    ]
-    if bundle.labels is not None:
-        lines.append(f"- Predicts: {bundle.labels.key} ({bundle.labels.task})")
-        if bundle.labels.classes:
-            lines.append(f"- Classes: {', '.join(bundle.labels.classes)}")
-    return "\n".join([*lines, *(["", notes] if notes else []), ""])
