@@ -67,14 +67,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
-    def answer(self, content: Any = None, status: int = 200, head: bool = False, **headers: str) -> None:
+    def answer(self, content: Any = None, status: int = 200, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if not head:
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def refuse(self, status: int, code: str = "") -> None:
@@ -96,9 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
         return repository
 
     def do_HEAD(self) -> None:
-        self.do_GET(head=True)
+        self.do_GET()
 
-    def do_GET(self, head: bool = False) -> None:
+    def do_GET(self) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         self.hub.asked.append((self.command, self.path))
         if parts[:2] == ["api", "models"]:
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             about = {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []}
             return self.answer(about)
         if parts[2:3] == ["resolve"]:
-            return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), head)
+            return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         self.refuse(404)
 
     @staticmethod
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
         return entry
 
-    def _file(self, name: str, revision: str, path: str, head: bool) -> None:
+    def _file(self, name: str, revision: str, path: str) -> None:
         repository = self.found(name)
         if repository is None:
             return None
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         etag = hashlib.sha256 if path.endswith(LARGE) else hashlib.sha1
         headers = {"ETag": f'"{etag(content).hexdigest()}"', "X_Repo_Commit": sha}
-        return self.answer(content, head=head, **headers)
+        return self.answer(content, **headers)
 
     def do_PUT(self) -> None:
         content = self.body()

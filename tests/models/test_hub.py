@@ -13,7 +13,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.inference import embed
@@ -40,6 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield hub
+        close_session()  # its connections are to a server that ends here
 
 
 @pytest.fixture
