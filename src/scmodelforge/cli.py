@@ -404,9 +404,14 @@ def export(
     print(f"Written: {export_model(model, to, folder)}")
 
 
-app.command()(cli_sharing.push)
-app.command()(cli_sharing.pull)
-app.command()(cli_sharing.card)
+for command in (
+    cli_sharing.push,
+    cli_sharing.pull,
+    cli_sharing.card,
+    cli_sharing.genes,
+    cli_sharing.attention,
+):
+    app.command()(command)
 
 
 @app.command()

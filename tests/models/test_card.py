@@ -119,7 +119,9 @@ def test_what_is_no_card_or_no_results(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.json"
     empty.write_text("{}")
     refused("card", "--model", folder, "--results", empty, words=("no benchmark results", "--output"))
-    refused("card", "--model", folder, "--results", tmp_path / "gone.json", words=("gone.json", "cannot be read"))
+    refused(
+        "card", "--model", folder, "--results", tmp_path / "gone.json", words=("gone.json", "cannot be read")
+    )
     (folder / "model_card.md").write_text("# my own words\n")
     with pytest.raises(ModelError, match="no sections '## Benchmarks'"):
         add_results(folder, RESULTS)

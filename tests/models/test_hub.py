@@ -88,7 +88,11 @@ def test_commands_talk_to_the_hub_of_the_environment(folder: Path, tmp_path: Pat
         code = "from scmodelforge.cli import main; main()"
         arguments = ["push", "--model", str(folder), "--to", NAME]
         run = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert run.returncode == 0, run.stderr
     assert hub.repositories[NAME].refs["main"] in run.stdout
@@ -132,7 +136,9 @@ def test_a_model_is_named_by_its_address(hub: Hub, folder: Path, tmp_path: Path)
     hub.asked.clear()
     load_model(commit.address)
     assert hub.asked == []  # a commit is fetched once
-    many = done("embed", "--model", commit.address, "--data", tmp_path / "*.h5ad", "--output", tmp_path / "many")
+    many = done(
+        "embed", "--model", commit.address, "--data", tmp_path / "*.h5ad", "--output", tmp_path / "many"
+    )
     assert "2 files" in many.out
     warned = done("tokens", tmp_path / "cells.h5ad", "--model", f"hf://{NAME}")
     assert f"To pin it: {commit.sha}" in warned.err
@@ -192,12 +198,12 @@ def test_a_model_that_was_changed_after_it_was_pushed(hub: Hub, folder: Path, tm
     content = hub.repositories[NAME].commits[pushed.sha]
     labels = content["labels.json"].replace(b"NK", b"KN")
     changed = hub.repositories[NAME].commit(content | {"labels.json": labels})
-    with pytest.raises(ModelError, match="not as it was pushed: labels.json differs") as error:
+    with pytest.raises(ModelError, match=r"not as it was pushed: labels\.json differs") as error:
         pull(NAME, tmp_path / "theirs", changed)
     assert changed in str(error.value)
     assert not (tmp_path / "theirs").exists()
     unknown = hub.repositories[NAME].commit({**content, "bundle.json": b"[]"})
-    with pytest.raises(ModelError, match="bundle.json of 'lab/pbmc' .* is damaged"):
+    with pytest.raises(ModelError, match=r"bundle\.json of 'lab/pbmc' .* is damaged"):
         pull(NAME, tmp_path / "theirs", unknown)
     bare = dict(content)
     del bare["bundle.json"]

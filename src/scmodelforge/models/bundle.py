@@ -7,6 +7,7 @@ is ever unpickled: checkpoints are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -68,13 +69,17 @@ class Labels:
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A model with what it needs: config, vocabulary and, if fine-tuned, head and labels."""
+    """A model with what it needs: config, vocabulary and, if fine-tuned, head and labels.
+
+    `source` is the path or address it was loaded from; None: it was made in memory.
+    """
 
     config: Config
     vocab: GeneVocab
     model: CellTransformer
     labels: Labels | None = None
     head: PredictionHead | None = None
+    source: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, as plain types, for a checkpoint."""
@@ -91,6 +96,18 @@ class ModelBundle:
     def n_parameters(self) -> int:
         """Parameters of the model, without a fine-tuning head."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def sha256(self) -> str:
+        """Of all that decides over its results: weights, vocabulary, labels, and how cells become tokens."""
+        description = self.describe()
+        config = {name: description["config"][name] for name in ("tokenizer", "model")}
+        config |= {"preprocessing": description["config"]["data"]["preprocessing"]}
+        digest = hashlib.sha256(json.dumps([config, self.vocab.fingerprint, description["labels"]]).encode())
+        for module in (self.model, self.head):
+            for name, tensor in () if module is None else module.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def build_model(config: Config, vocab: GeneVocab, seed: int | None = None) -> CellTransformer:
@@ -228,7 +245,7 @@ def assemble(
     both = nn.ModuleDict({"model": model} | ({"head": head} if head else {})).to_empty(device="cpu")
     _load_weights(both, state, where)
     both.eval()
-    return ModelBundle(config, vocab, model, labels, head)
+    return ModelBundle(config, vocab, model, labels, head, where)
 
 
 def load_model(path: str | Path) -> ModelBundle:
@@ -241,9 +258,10 @@ def load_model(path: str | Path) -> ModelBundle:
     ModelError
         If it is missing, damaged, or its parts do not fit each other.
     """
-    path = hub.local_path(path)
+    source, path = str(path), hub.local_path(path)
+    source = hub.pinned(source, path)
     if not path.is_dir():
-        return bundle_from_checkpoint(read_checkpoint(path), str(path))
+        return bundle_from_checkpoint(read_checkpoint(path), source)
     for name in ("config.yaml", "model.safetensors", "genes.parquet"):
         if not (path / name).is_file():
             found = family_of(path)
@@ -276,7 +294,7 @@ def load_model(path: str | Path) -> ModelBundle:
             f"The model folder '{path}' is damaged: genes.parquet is not the vocabulary that the weights in "
             "model.safetensors belong to. Take both files from the same model."
         )
-    return assemble(config, vocab, labels, state, str(path))
+    return assemble(config, vocab, labels, state, source)
 
 
 def with_gene_width_of(config: Config, have: Config) -> Config:

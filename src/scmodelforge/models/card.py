@@ -238,10 +238,10 @@ def _tables(results: Mapping[str, Any]) -> Iterator[str]:
     if any(row.get("intervals") for row in rows):
         yield "In brackets: 95 % bootstrap intervals."
     yield from map(_comparison, (row for row in rows if row.get("comparison")))
-    facts = [f"{results['n_cells']:,} cells"] if "n_cells" in results else []
-    facts += [f"{package} {version}" for package, version in results.get("versions", {}).items()]
-    if facts:
-        yield f"Measured with {', '.join(facts)}."
+    on = [f"{results['n_cells']:,} cells"] if "n_cells" in results else []
+    on += [f"{package} {version}" for package, version in results.get("versions", {}).items()]
+    if on:
+        yield f"Measured with {', '.join(on)}."
     if seen := results.get("seen_cells"):
         yield f"{seen['n']:,} of these cells ({seen['share']:.1%}) were seen in pretraining."
     if notes := results.get("notes"):

@@ -176,7 +176,7 @@ def is_address(model: str | Path) -> bool:
 def local_path(model: str | Path) -> Path:
     """Where a model lies on this machine: its own path, or for an address on the Hub a folder in the Hub's cache.
 
-    It is fetched if it is not there, and checked. With a commit as revision it is fetched once and then needs no network.
+    It is fetched if it is not there, and checked. With a commit as revision it is fetched once, then needs no network.
 
     Raises
     ------
@@ -199,6 +199,12 @@ def local_path(model: str | Path) -> Path:
     folder = _download(commit)
     _check(folder, commit)
     return folder
+
+
+def pinned(model: str, folder: Path) -> str:
+    """What `model` is called: an address on the Hub with the commit whose folder in the cache this is; else itself."""
+    found = ADDRESS.fullmatch(model)
+    return model if found is None else Commit(found[1], folder.name).address
 
 
 def _repository(name: str) -> str:
