@@ -71,7 +71,7 @@ def gene_embeddings(
     Returns
     -------
     AnnData with float32 (n_genes, hidden_dim) in X; obs are genes: `gene_id` as index, `symbol`, `biotype` and, with
-    cells, `n_cells` in which the gene was a token. Genes that no cell has are left out.
+    cells, `n_cells` in which the gene was a token. Genes that are tokens of no cell are left out.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def gene_embeddings(
     if not found.any():
         raise DataError(f"No cell of '{store.files[0]}' has a gene that the model knows.")
     if n_missing := int((~found).sum()):
-        log.info("%s of %s genes are in no cell and left out.", f"{n_missing:,}", f"{bundle.vocab.n_genes:,}")
+        log.info("%s of %s genes are tokens of no cell and left out.", f"{n_missing:,}", f"{bundle.vocab.n_genes:,}")
     means = (sums / n_cells.clamp(min=1)[:, None]).float().cpu().numpy()
     record = provenance(bundle, store, None, precision) | {"layer": layer, "n_cells": len(rows)}
     del record["pooling"]

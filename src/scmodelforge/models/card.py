@@ -97,7 +97,7 @@ def add_results(card: str | Path, results: Mapping[str, Any] | str | Path) -> No
             f"'{path}' has no sections '{BENCHMARKS}' and '{AFTER_BENCHMARKS.strip()}' between which results are "
             "written. Put these two headings in, or write a new card with scmodelforge.save_bundle."
         )
-    tables = "\n\n".join(_tables(_read_results(results)))
+    tables = "\n\n".join(_tables(read_results(results)))
     write_text(path, f"{before}\n{BENCHMARKS}\n\n{tables}\n{AFTER_BENCHMARKS}{after}")
 
 
@@ -206,7 +206,8 @@ def _limits(bundle: ModelBundle) -> Iterator[str]:
 # --- benchmark results ----------------------------------------------------------------------------
 
 
-def _read_results(results: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+def read_results(results: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    """What `benchmark --output` wrote, from its file or itself; raises `ModelError` if it is nothing like it."""
     if isinstance(results, Mapping):
         return results
     try:
