@@ -382,7 +382,7 @@ def import_(
 
     with new_folder(output) as temporary:
         bundle = import_model(family, folder, dictionaries)
-        save_bundle(bundle, temporary, f"Imported from {family}: {folder}")
+        save_bundle(bundle, temporary, f"Weights imported from {family}: {folder.resolve().name}")
     vocab, model = bundle.vocab, bundle.config.model
     n_known = int(known_genes().index.isin(vocab.gene_ids).sum())
     print(f"{vocab.n_genes:,} genes ({vocab.species}), {n_known:,} of them in the gene tables")

@@ -110,7 +110,11 @@ def gene_embeddings(
     if not found.any():
         raise DataError(f"No cell of '{store.files[0]}' has a gene that the model knows.")
     if n_missing := int((~found).sum()):
-        log.info("%s of %s genes are tokens of no cell and left out.", f"{n_missing:,}", f"{bundle.vocab.n_genes:,}")
+        log.info(
+            "%s of %s genes are tokens of no cell and left out.",
+            f"{n_missing:,}",
+            f"{bundle.vocab.n_genes:,}",
+        )
     means = (sums / n_cells.clamp(min=1)[:, None]).float().cpu().numpy()
     record = provenance(bundle, store, None, precision) | {"layer": layer, "n_cells": len(rows)}
     del record["pooling"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -17,7 +18,7 @@ from huggingface_hub import close_session, constants
 
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.inference import embed
-from scmodelforge.models.bundle import load_model
+from scmodelforge.models.bundle import load_model, save_bundle
 from scmodelforge.models.hub import pull, push
 from scmodelforge.training.run import RunResult
 from tests.helpers import marker_cells
@@ -165,6 +166,28 @@ def test_folders_with_pickles_or_without_a_model_are_not_pushed(
     refused("push", "--model", folder, *to, words=("YAML head", "model_card.md"))
     (folder / "config.yaml").unlink()
     refused("push", "--model", folder, *to, words=("not a model folder", "config.yaml"))
+
+
+def test_paths_of_this_machine_are_pointed_out(
+    hub: Hub, pretrained: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = pretrained.model
+    data = bundle.config.data.model_copy(update={"paths": ["/home/me/secret.h5ad"]})
+    named = replace(bundle, config=bundle.config.model_copy(update={"data": data}))
+    folder = save_bundle(named, tmp_path / "model")
+    assert "/home/me" not in (folder / "model_card.md").read_text()
+    push(folder, "lab/hidden", private=True)
+    assert "paths of this machine" not in caplog.text
+    push(folder, NAME)
+    assert "everyone will read there: /home/me/secret.h5ad" in caplog.text
+
+
+def test_the_extra_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ("huggingface_hub", "pip install 'scmodelforge[hub]'")
+    refused("push", "--model", folder, "--to", NAME, words=words)
+    refused("pull", NAME, "--output", tmp_path / "theirs", words=words)
+    refused("tokens", "cells.h5ad", "--model", f"hf://{NAME}", words=words)
 
 
 def test_private_is_not_taken_for_granted(hub: Hub, folder: Path) -> None:

@@ -131,6 +131,8 @@ def _data(bundle: ModelBundle, run: Mapping[str, Any]) -> Iterator[str]:
             )
     else:
         yield "How many cells, and which of them validated: not recorded"
+    if bundle.labels is not None:
+        yield "These are the cells of the fine-tuning; for those of the pretraining see the model that it started from"
     yield f"Genes: {vocab.n_genes:,} ({vocab.name}, species {vocab.species}), fingerprint {vocab.fingerprint[:16]}"
 
 
