@@ -4,7 +4,7 @@ Gene vectors are static (what goes into the model) or contextual: the mean hidde
 which it is a token, as Geneformer's gene embeddings (Theodoris et al. 2023). Attention is softmax(q·k / √width), with
 all that the model adds to it, computed by formula because packed attention returns no weights. It costs, for each cell
 of n tokens, 2 n² × width operations a layer beside the forward pass, and memory for n² weights of one head at a time.
-Results take 32 bytes for each pair of chosen genes and layer, however many cells there are.
+Results take some 60 bytes for each pair of chosen genes and layer (measured), however many cells there are.
 """
 
 from __future__ import annotations
