@@ -19,9 +19,13 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.inference import annotate as annotate
     from scmodelforge.inference import embed as embed
     from scmodelforge.inference import tokens as tokens
+    from scmodelforge.inference_genes import attention as attention
+    from scmodelforge.inference_genes import gene_embeddings as gene_embeddings
     from scmodelforge.models.bundle import ModelBundle as ModelBundle
     from scmodelforge.models.bundle import load_model as load_model
     from scmodelforge.models.bundle import save_bundle as save_bundle
+    from scmodelforge.models.hub import pull as pull
+    from scmodelforge.models.hub import push as push
     from scmodelforge.models.published import export_model as export_model
     from scmodelforge.models.published import import_model as import_model
     from scmodelforge.training.run import train as train
@@ -35,14 +39,18 @@ _HOME = {
     "ModelBundle": "models.bundle",
     "UserError": "errors",
     "annotate": "inference",
+    "attention": "inference_genes",
     "benchmark": "evaluation.harness",
     "check": "data.check",
     "embed": "inference",
     "export_model": "models.published",
     "finetune": "finetuning.run",
+    "gene_embeddings": "inference_genes",
     "import_model": "models.published",
     "load_config": "config_io",
     "load_model": "models.bundle",
+    "pull": "models.hub",
+    "push": "models.hub",
     "save_bundle": "models.bundle",
     "tokens": "inference",
     "train": "training.run",

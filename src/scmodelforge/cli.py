@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import scmodelforge
+from scmodelforge import cli_sharing
 from scmodelforge.cli_output import finish_run, print_plan, print_results, set_up_messages
 from scmodelforge.errors import UserError
 
@@ -37,7 +38,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.max_epochs=3."),
 ]
-ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint (.ckpt) or model folder.")]
+ModelOption = Annotated[
+    Path, typer.Option("--model", help="Checkpoint (.ckpt), model folder or hf://USER/NAME@COMMIT.")
+]
 DataOption = Annotated[list[Path], typer.Option("--data", help="An .h5ad file with raw counts.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="The .h5ad file to write.")]
 InPlaceOption = Annotated[bool, typer.Option("--in-place", help="Write into the input file instead.")]
@@ -379,7 +382,7 @@ def import_(
 
     with new_folder(output) as temporary:
         bundle = import_model(family, folder, dictionaries)
-        save_bundle(bundle, temporary, f"Imported from {family}: {folder}")
+        save_bundle(bundle, temporary, f"Weights imported from {family}: {folder.resolve().name}")
     vocab, model = bundle.vocab, bundle.config.model
     n_known = int(known_genes().index.isin(vocab.gene_ids).sum())
     print(f"{vocab.n_genes:,} genes ({vocab.species}), {n_known:,} of them in the gene tables")
@@ -399,6 +402,16 @@ def export(
     from scmodelforge.models.published import export_model
 
     print(f"Written: {export_model(model, to, folder)}")
+
+
+for command in (
+    cli_sharing.push,
+    cli_sharing.pull,
+    cli_sharing.card,
+    cli_sharing.genes,
+    cli_sharing.attention,
+):
+    app.command()(command)
 
 
 @app.command()

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+import scmodelforge
 from scmodelforge.config import Config, DataConfig
 from scmodelforge.data.sources import Source, located, open_matrix
 from scmodelforge.data.species import species_of_matrices
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 COMPILED_FROM = 250_000  # cells on a GPU; with fewer, compiling takes longer than it saves
 
 EMBEDDING_KEY = "X_scmodelforge"
+PROVENANCE_KEY = "scmodelforge"  # in uns
 
 
 def as_bundle(model: ModelBundle | str | Path) -> ModelBundle:
@@ -134,6 +136,30 @@ def embeddings_of(
     )
 
 
+def provenance(
+    bundle: ModelBundle, store: CellStore, pooling: str | None, precision: str | None
+) -> dict[str, str | float]:
+    """Where an embedding came from, for `uns["scmodelforge"][KEY]`: plain values that any file of AnnData can hold.
+
+    Returns
+    -------
+    dict
+        `model` (path or address), `model_sha256` (of weights, vocabulary, labels and tokenizer), `version` (of
+        scModelForge), `vocabulary_sha256`, `pooling`, `precision`, `genes_matched` (share of the data's genes that the
+        vocabulary has) and `vocabulary_measured` (share of the vocabulary that the data measured).
+    """
+    return {
+        "model": bundle.source or "in memory",
+        "model_sha256": bundle.sha256(),
+        "version": scmodelforge.__version__,
+        "vocabulary_sha256": bundle.vocab.fingerprint,
+        "pooling": pooling or bundle.model.pooling,
+        "precision": precision_for(precision, default_device()),
+        "genes_matched": store.matched_share,
+        "vocabulary_measured": store.measured_share,
+    }
+
+
 def predict_store(
     bundle: ModelBundle,
     store: CellStore,
@@ -223,7 +249,7 @@ def embed(
     config: DataConfig | None = None,
     copy: bool = False,
 ) -> AnnData:
-    """Embed the cells of an AnnData into `obsm[key_added]`.
+    """Embed the cells of an AnnData into `obsm[key_added]`; `uns["scmodelforge"][key_added]` says where it came from.
 
     Parameters
     ----------
@@ -244,12 +270,14 @@ def embed(
 
     Returns
     -------
-    The AnnData with float32 (n_cells, hidden_dim) in `obsm[key_added]`.
+    The AnnData with float32 (n_cells, hidden_dim) in `obsm[key_added]`, and its `provenance` in `uns`.
     """
     bundle = as_bundle(model)
     adata = data.copy() if copy else data
     store = open_for(bundle, data, config)
     adata.obsm[key_added] = embed_store(bundle, store, batch_size, pooling, precision=precision)
+    record = provenance(bundle, store, pooling, precision)
+    adata.uns[PROVENANCE_KEY] = {**adata.uns.get(PROVENANCE_KEY, {}), key_added: record}
     return adata
 
 

@@ -6,8 +6,6 @@ was; the output appears under its name only when it is complete.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import torch
 from anndata.io import write_elem
 
 from scmodelforge.config import Config
@@ -28,11 +25,13 @@ from scmodelforge.errors import DataError
 from scmodelforge.files import atomic_path, ensure_target
 from scmodelforge.inference import (
     EMBEDDING_KEY,
+    PROVENANCE_KEY,
     bundle_for,
     embeddings_of,
     labels_of,
     open_for,
     outputs_of,
+    provenance,
     require_labels,
 )
 from scmodelforge.inference_batches import Computed, default_device, precision_for, warn_of_empty
@@ -52,6 +51,8 @@ def embed_file(
     config: Config | None = None,
 ) -> int:
     """Write a copy of an .h5ad file with the embedding in `obsm[key_added]`; returns the number of cells.
+
+    Where it came from is in `uns["scmodelforge"][key_added]`, see `provenance`.
 
     `output` may be `source`: the file is replaced when the new one is complete. Started again after it was stopped,
     with the same file, model, pooling and precision, it goes on where it was.
@@ -76,6 +77,7 @@ def embed_file(
         warn_of_empty(n_empty, "embedding")
         with _edited_copy(source, output) as handle:
             write_elem(handle.require_group("obsm"), key_added, embeddings)
+            _note(handle, key_added, provenance(bundle, store, pooling, precision))
     return store.n_cells
 
 
@@ -135,23 +137,18 @@ def _made_of(source: str | Path, bundle: ModelBundle, config: Config | None, **h
     )
     return {
         "source": [str(Path(source).resolve()), held.st_size, held.st_mtime_ns],
-        "model": _model_sha256(bundle),
+        "model": bundle.sha256(),
         "data": where,
         **how,
     }
 
 
-def _model_sha256(bundle: ModelBundle) -> str:
-    """Of all that makes a model: weights, vocabulary, labels, and how cells become tokens."""
-    description = bundle.describe()
-    config = {name: description["config"][name] for name in ("tokenizer", "model")}
-    config |= {"preprocessing": description["config"]["data"]["preprocessing"]}
-    digest = hashlib.sha256(json.dumps([config, bundle.vocab.fingerprint, description["labels"]]).encode())
-    for module in (bundle.model, bundle.head):
-        for name, tensor in () if module is None else module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _note(handle: h5py.File, key: str, record: dict[str, Any]) -> None:
+    """Write the provenance of an embedding beside those that the file has."""
+    if "uns" not in handle:
+        write_elem(handle, "uns", {})
+    held = anndata.io.read_elem(handle["uns"][PROVENANCE_KEY]) if PROVENANCE_KEY in handle["uns"] else {}
+    write_elem(handle["uns"], PROVENANCE_KEY, {**held, key: record})
 
 
 @contextmanager

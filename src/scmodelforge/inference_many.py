@@ -19,6 +19,7 @@ from scmodelforge.files import ensure_writable, sole_writer, write_text
 from scmodelforge.inference import EMBEDDING_KEY
 from scmodelforge.inference_files import embed_file
 from scmodelforge.models.bundle import load_model
+from scmodelforge.models.hub import is_address, local_path
 from scmodelforge.parallel import map_files
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def embed_files(
                 f"'{source}' would be replaced by its own output.\nChoose another output folder than that of the files."
             )
     made_by = {
-        "model": _content_of(Path(model)),
+        "model": _content_of(local_path(model)),
         "key": key_added,
         "pooling": pooling,
         "precision": precision,
@@ -91,7 +92,8 @@ def embed_files(
         }
         if len(todo) < len(origin):
             log.info("%d of %d files are embedded already.", len(origin) - len(todo), len(origin))
-        held = str(Path(model).absolute()) if dask else load_model(model)
+        path = str(model) if is_address(model) else str(Path(model).absolute())
+        held = path if dask else load_model(model)
         call = partial(
             embed_file,
             key_added=key_added,

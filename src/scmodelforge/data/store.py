@@ -178,6 +178,18 @@ class CellStore:
         report = pd.concat(tables, ignore_index=True)
         return report[["file", *report.columns.drop("file")]]
 
+    @property
+    def matched_share(self) -> float:
+        """Share of the genes of all files that the vocabulary has; files with the same genes count once."""
+        distinct = list({id(match): match for match in self.matches}.values())
+        return sum(match.n_matched for match in distinct) / sum(match.n_columns for match in distinct)
+
+    @property
+    def measured_share(self) -> float:
+        """Share of the vocabulary's genes that at least one file measured."""
+        found = np.logical_or.reduce([match.measured(self.vocab.n_genes) for match in self.matches])
+        return float(found.mean())
+
     def describe(self) -> list[str]:
         """Return a line for each file: its size, what it holds, and how much of it the vocabulary covers."""
         lines = []

@@ -11,10 +11,11 @@ No mask over a batch is ever built.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -454,11 +455,42 @@ def _capped(
     scale: float,
 ) -> torch.Tensor:
     """Attention (1, heads, length, width) of one sequence whose scores are squashed."""
+    weights = _weights(q, k, bias, allowed, soft_cap, scale).to(v.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ v
+
+
+def _weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+    soft_cap: float | None,
+    scale: float,
+) -> torch.Tensor:
+    """How much each token of one sequence reads of each, (…, length, length), from q and k (…, length, width)."""
     scores = q @ k.transpose(-2, -1) * scale
     if bias is not None:
         scores = scores + bias
-    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    weights = scores.softmax(dim=-1).to(v.dtype)
-    return F.dropout(weights, dropout, training=dropout > 0) @ v
+    return scores.softmax(dim=-1)
+
+
+def attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    sequences: Sequences,
+    heads: Sequence[int],
+    soft_cap: float | None = None,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weights that `attend` mixes by: of each sequence its place, and float32 (length, length), mean of heads.
+
+    Rows read, columns are read; a row adds up to 1. One head of one sequence is in memory at a time.
+    """
+    scale = 1 / math.sqrt(q.shape[-1])
+    for piece in _pieces(sequences.cu_seqlens):
+        bias, allowed = _bias(sequences, piece), _allowed(sequences, piece)
+        of_heads = (_weights(q[piece, h], k[piece, h], bias, allowed, soft_cap, scale).float() for h in heads)
+        yield piece, functools.reduce(torch.add, of_heads) / len(heads)

@@ -68,6 +68,10 @@ class AutoregressiveTransformer(CellTransformer):
             bias = torch.log1p(counts + EPSILON)
         return Sequences(tokens.cu_seqlens, tokens.max_length, True, bias, biases_itself=embed)
 
+    def sequences_to_embed(self, tokens: PackedTokens) -> Sequences:
+        """As in `CellTransformer`: each token's own count biases its attention to itself."""
+        return self.sequences(tokens, embed=True)
+
     def forward(self, tokens: TokenBatch | PackedTokens, embed: bool = False) -> torch.Tensor:
         """Hidden states (total, width) of packed cells; (n_cells, length, width) of padded ones, zero at padding.
 

@@ -79,6 +79,10 @@ class CellTransformer(nn.Module):
         """Which tokens read which: in a bidirectional model all of a cell."""
         return Sequences(tokens.cu_seqlens, tokens.max_length)
 
+    def sequences_to_embed(self, tokens: PackedTokens) -> Sequences:
+        """Which tokens read which while `encode` embeds a cell."""
+        return self.sequences(tokens)
+
     def hidden_states(self, tokens: TokenBatch) -> list[torch.Tensor]:
         """Embedding output and the output of each block, `num_layers + 1` tensors (n_cells, length, width)."""
         packed, length = self.packed(tokens), tokens.input_ids.shape[1]

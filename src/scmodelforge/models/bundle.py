@@ -7,9 +7,11 @@ is ever unpickled: checkpoints are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ from scmodelforge.config_io import differences, load_config, to_yaml
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
+from scmodelforge.models import hub
 from scmodelforge.models.base import CellTransformer
+from scmodelforge.models.card import CARD, model_card
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.models.published import LOOKS, family_of
 
@@ -65,13 +69,17 @@ class Labels:
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A model with what it needs: config, vocabulary and, if fine-tuned, head and labels."""
+    """A model with what it needs: config, vocabulary and, if fine-tuned, head and labels.
+
+    `source` is the path or address it was loaded from; None: it was made in memory.
+    """
 
     config: Config
     vocab: GeneVocab
     model: CellTransformer
     labels: Labels | None = None
     head: PredictionHead | None = None
+    source: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, as plain types, for a checkpoint."""
@@ -88,6 +96,18 @@ class ModelBundle:
     def n_parameters(self) -> int:
         """Parameters of the model, without a fine-tuning head."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def sha256(self) -> str:
+        """Of all that decides over its results: weights, vocabulary, labels, and how cells become tokens."""
+        description = self.describe()
+        config = {name: description["config"][name] for name in ("tokenizer", "model")}
+        config |= {"preprocessing": description["config"]["data"]["preprocessing"]}
+        digest = hashlib.sha256(json.dumps([config, self.vocab.fingerprint, description["labels"]]).encode())
+        for module in (self.model, self.head):
+            for name, tensor in () if module is None else module.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def build_model(config: Config, vocab: GeneVocab, seed: int | None = None) -> CellTransformer:
@@ -225,20 +245,23 @@ def assemble(
     both = nn.ModuleDict({"model": model} | ({"head": head} if head else {})).to_empty(device="cpu")
     _load_weights(both, state, where)
     both.eval()
-    return ModelBundle(config, vocab, model, labels, head)
+    return ModelBundle(config, vocab, model, labels, head, where)
 
 
 def load_model(path: str | Path) -> ModelBundle:
-    """Load a model from a checkpoint (.ckpt) or a model folder, on the CPU and in evaluation mode.
+    """Load a model from a checkpoint (.ckpt), a model folder or the Hub, on the CPU and in evaluation mode.
+
+    On the Hub it is hf://USER/NAME@COMMIT (or a tag or branch), which is kept in the cache of huggingface_hub.
 
     Raises
     ------
     ModelError
         If it is missing, damaged, or its parts do not fit each other.
     """
-    path = Path(path)
+    source, path = str(path), hub.local_path(path)
+    source = hub.pinned(source, path)
     if not path.is_dir():
-        return bundle_from_checkpoint(read_checkpoint(path), str(path))
+        return bundle_from_checkpoint(read_checkpoint(path), source)
     for name in ("config.yaml", "model.safetensors", "genes.parquet"):
         if not (path / name).is_file():
             found = family_of(path)
@@ -271,7 +294,7 @@ def load_model(path: str | Path) -> ModelBundle:
             f"The model folder '{path}' is damaged: genes.parquet is not the vocabulary that the weights in "
             "model.safetensors belong to. Take both files from the same model."
         )
-    return assemble(config, vocab, labels, state, str(path))
+    return assemble(config, vocab, labels, state, source)
 
 
 def with_gene_width_of(config: Config, have: Config) -> Config:
@@ -322,8 +345,13 @@ def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
     )
 
 
-def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Path:
-    """Write a model folder; each file is written whole or not at all. Returns the folder."""
+def save_bundle(
+    bundle: ModelBundle, folder: str | Path, notes: str = "", run: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a model folder; each file is written whole or not at all. Returns the folder.
+
+    `notes` and `run`, the record in run.json, go into the model card.
+    """
     folder = ensure_writable(folder)
     state = {f"model.{name}": tensor.contiguous() for name, tensor in bundle.model.state_dict().items()}
     if bundle.head is not None:
@@ -334,24 +362,5 @@ def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Pat
     if bundle.labels is not None:
         write_text(folder / "labels.json", json.dumps(bundle.describe()["labels"], indent=2) + "\n")
     write_text(folder / "config.yaml", to_yaml(bundle.config))
-    write_text(folder / "model_card.md", _model_card(bundle, notes))
+    write_text(folder / CARD, model_card(bundle, notes, run))
     return folder
-
-
-def _model_card(bundle: ModelBundle, notes: str) -> str:
-    config, vocab = bundle.config, bundle.vocab
-    data = str(config.data.census or ", ".join(Path(path).name for path in config.data.paths))
-    lines = [
-        f"# {config.model.architecture}, {bundle.n_parameters:,} parameters",
-        "",
-        f"- Tokens: {config.tokenizer.strategy}, at most {config.tokenizer.max_genes} per cell",
-        f"- Genes: {vocab.n_genes:,} ({vocab.name}, species {vocab.species}), fingerprint {vocab.fingerprint[:16]}",
-        f"- Model: {config.model.num_layers} layers × {config.model.hidden_dim}, {config.model.num_heads} heads",
-        f"- Pretraining task: {config.model.pretraining_task}",
-        f"- Data: {data or 'in memory, or not named'}",
-    ]
-    if bundle.labels is not None:
-        lines.append(f"- Predicts: {bundle.labels.key} ({bundle.labels.task})")
-        if bundle.labels.classes:
-            lines.append(f"- Classes: {', '.join(bundle.labels.classes)}")
-    return "\n".join([*lines, *(["", notes] if notes else []), ""])

@@ -44,11 +44,16 @@ class Attention(nn.Module):
         self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(total, width) → the same; see `Transformer` for `projected`."""
-        q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # norms give float32 under autocast
+        q, k = self.queries_and_keys(x)
+        v = self.v(x).unflatten(1, (self.num_heads, -1))
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, sequences, self.soft_cap, dropout).flatten(1)
         return self.out(mixed) if projected is None else torch.where(projected, self.out(mixed), mixed)
+
+    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(total, width) → two of (total, heads, head width)."""
+        q, k = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.q, self.k))
+        return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)  # norms give float32 under autocast
 
 
 class FeedForward(nn.Module):
@@ -94,6 +99,10 @@ class Block(nn.Module):
             return x + self.dropout(self.feed_forward(x))
         x = self.attention_norm(x + self.dropout(self.attention(x, sequences, projected)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+    def read_by_attention(self, x: torch.Tensor) -> torch.Tensor:
+        """What of the block's input x (total, width) its attention reads."""
+        return x if self.norm == "post" else self.attention_norm(x)
 
 
 class Transformer(nn.Module):

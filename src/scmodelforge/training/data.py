@@ -64,6 +64,8 @@ class TrainingData:
             "n_val": len(self.val_rows),
             "train_cells": digest.hexdigest(),
             "vocabulary": self.vocab.fingerprint,
+            "genes_matched": self.store.matched_share,
+            "vocabulary_measured": self.store.measured_share,
         }
 
     @property

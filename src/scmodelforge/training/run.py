@@ -215,13 +215,14 @@ def fit(
     performance = throughput_of(trainer).performance(trainer)
     if trainer.is_global_zero:
         facts = {"data": prepared.facts, "notes": notes, "metrics": metrics, "interrupted": interrupted}
-        write_provenance(folders, bundle.config, facts | {"performance": performance})
+        facts |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "best": _best(trainer)}
+        record = write_provenance(folders, bundle.config, facts | {"performance": performance})
     if interrupted:
         return RunResult(folders.run, folders.checkpoints, bundle, metrics, True, performance)
     trainer.strategy.barrier("run is written")
     best = load_model(folders.best if folders.best.exists() else folders.last)
     if trainer.is_global_zero:
-        save_bundle(best, folders.run / "model", f"Best validation: {_best(trainer)}")
+        save_bundle(best, folders.run / "model", run=record)
     return RunResult(folders.run, folders.checkpoints, best, metrics, performance=performance)
 
 
@@ -229,10 +230,11 @@ def _wait_seconds(trainer: Trainer) -> float:
     return trainer.train_dataloader.wait_seconds  # type: ignore[union-attr]
 
 
-def _best(trainer: Trainer) -> str:
+def _best(trainer: Trainer) -> dict[str, Any] | None:
+    """The figure that decided which model is the best, and its value; None without validation."""
     callback = trainer.checkpoint_callback
     score = getattr(callback, "best_model_score", None)
-    return f"{callback.monitor} {float(score):.4f}" if score is not None else "none"  # type: ignore[union-attr]
+    return {"monitor": callback.monitor, "value": float(score)} if score is not None else None  # type: ignore[union-attr]
 
 
 def _last_figures(trainer: Trainer) -> dict[str, float]:

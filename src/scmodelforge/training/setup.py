@@ -301,8 +301,11 @@ def collected_notes() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def write_provenance(folders: RunFolders, config: Config, facts: dict[str, Any]) -> None:
-    """Write config.yaml (every default written out) and run.json (versions, hardware, data, command line)."""
+def write_provenance(folders: RunFolders, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write config.yaml (every default written out) and run.json (versions, hardware, data, command line).
+
+    Returns what is in run.json.
+    """
     write_text(folders.run / "config.yaml", to_yaml(config))
     versions = {}
     for package in VERSIONS_OF:
@@ -321,6 +324,7 @@ def write_provenance(folders: RunFolders, config: Config, facts: dict[str, Any])
         **facts,
     }
     write_text(folders.run / "run.json", json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def _git_commit() -> str | None:
