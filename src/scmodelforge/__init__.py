@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.models.bundle import save_bundle as save_bundle
     from scmodelforge.models.published import export_model as export_model
     from scmodelforge.models.published import import_model as import_model
+    from scmodelforge.perturbation.run import perturb as perturb
     from scmodelforge.training.run import train as train
 
 
@@ -43,6 +44,7 @@ _HOME = {
     "import_model": "models.published",
     "load_config": "config_io",
     "load_model": "models.bundle",
+    "perturb": "perturbation.run",
     "save_bundle": "models.bundle",
     "tokens": "inference",
     "train": "training.run",
