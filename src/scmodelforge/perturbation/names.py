@@ -29,10 +29,14 @@ def gene_tokens(names: Sequence[str], vocab: GeneVocab) -> np.ndarray:
     reference = reference_of(vocab)
     found, reasons = recognise(given, reference)
     rows = np.where(found >= 0, reference.genes.vocab_row.to_numpy()[found], -1)
+    reasons[(found >= 0) & (rows < 0)] = "not in the model's vocabulary"
+    never_seen = np.zeros(len(rows), dtype=bool) if vocab.medians is None else np.isnan(vocab.medians)[rows]
+    reasons[(rows >= 0) & never_seen] = "no training cell had it, so the model has not learned it"
+    rows[never_seen] = -1
     if (rows < 0).any():
         parts = [
-            _unknown(name, "not in the model's vocabulary" if row >= 0 else reason, vocab)
-            for name, row, reason in zip(given[rows < 0], found[rows < 0], reasons[rows < 0], strict=True)
+            _unknown(name, reason, vocab)
+            for name, reason in zip(given[rows < 0], reasons[rows < 0], strict=True)
         ]
         raise UserError(f"The model does not know {len(parts)} of the genes to perturb:\n" + "\n".join(parts))
     if (doubled := pd.Series(rows).duplicated()).any():
@@ -44,7 +48,7 @@ def gene_tokens(names: Sequence[str], vocab: GeneVocab) -> np.ndarray:
 
 def _unknown(name: str, reason: str, vocab: GeneVocab) -> str:
     candidates = [*vocab.symbols[vocab.symbols != ""], *vocab.gene_ids]
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
+    near = [other for other in difflib.get_close_matches(name, candidates, n=3) if other != name]
     return f"  {name}: {reason}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
