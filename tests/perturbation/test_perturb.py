@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from scipy.stats import ranksums
 import scmodelforge
 from scmodelforge import inference_batches
 from scmodelforge.errors import UserError
+from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.bundle import ModelBundle, build_model
 from scmodelforge.perturbation import run
 from scmodelforge.report.volcano import plot_volcano, write_perturbations
@@ -37,12 +39,17 @@ def few_cells(n_cells: int = 12) -> anndata.AnnData:
     return marker_cells(n_cells, seed=3)[:, :28].copy()
 
 
+@functools.cache
+def vocab_of(layout: str) -> GeneVocab:
+    return make_vocab(28, layout=layout)
+
+
 def bundle_of(pooling: str, tokenizer: dict[str, Any], **model: Any) -> ModelBundle:
     """An untrained model whose weights are large enough that perturbations show."""
     config = tiny_config(
         Path("nowhere"), tokenizer={"max_genes": MAX} | tokenizer, model={"pooling": pooling} | model
     )
-    vocab = make_vocab(28, layout=config.tokenizer.vocab_layout)
+    vocab = vocab_of(config.tokenizer.vocab_layout)
     network = build_model(config, vocab, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -169,12 +176,37 @@ def test_values_beside_the_tokens(architecture: str) -> None:
         pretraining_task=task,
     )
     cells = few_cells()
-    table = scmodelforge.perturb(cells, bundle, ["G20", "G25"], how="overexpress").set_index("symbol")
-    present = cells.X.toarray()[:, 20] > 0
-    assert 0 < table.loc["G20", "mean_shift"] < 1
-    assert 0 < present.sum() < len(present)
-    deleted = scmodelforge.perturb(cells, bundle, ["G20"]).set_index("symbol")
-    assert deleted.loc["G20", "n_cells"] == present.sum()
+    gene = bundle.vocab.first_gene_token + 20
+    tokens = build_tokenizer(bundle.config, bundle.vocab)(make_cells(cells.X.toarray()))
+
+    def hidden(ids: list[int], values: list[float]) -> dict[int, np.ndarray]:
+        one = TokenBatch(
+            torch.tensor([ids]), torch.tensor([values]), torch.tensor([len(ids)]), torch.tensor([0]), False
+        )
+        with torch.no_grad():
+            states = bundle.model(one, embed=True) if causal else bundle.model(one)
+        return dict(zip(ids, states[0].double().numpy(), strict=True))
+
+    overexpressed, deleted = [], []
+    for row, length in enumerate(tokens.lengths.tolist()):
+        ids, values = tokens.input_ids[row, :length].tolist(), tokens.values[row, :length].tolist()
+        before = hidden(ids, values)
+        others = [token for token in ids if token >= bundle.vocab.first_gene_token and token != gene]
+        if gene in ids:
+            place = ids.index(gene)
+            after = hidden(ids[:place] + ids[place + 1 :], values[:place] + values[place + 1 :])
+            deleted.append(1 - np.mean([cosine(after[token], before[token]) for token in others]))
+            values[place] = max(values)
+        else:
+            ids.insert(1, gene)
+            values.insert(1, max(values))
+        after = hidden(ids, values)
+        overexpressed.append(1 - np.mean([cosine(after[token], before[token]) for token in others]))
+    assert 0 < len(deleted) < len(overexpressed) == 12
+    for how, expected in {"overexpress": overexpressed, "delete": deleted}.items():
+        table = scmodelforge.perturb(cells, bundle, ["G20"], how=how)
+        assert table["n_cells"][0] == len(expected)
+        assert table["mean_shift"][0] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 def test_the_planted_genes_are_found(pretrained: RunResult) -> None:

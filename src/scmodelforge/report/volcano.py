@@ -13,7 +13,7 @@ from scmodelforge.report.plots import GREY, INK, TRAIN_COLOUR, VALIDATION_COLOUR
 SIGNIFICANT = 0.05
 SHOWN = 10  # rows in the summary
 NAMED = 20  # genes with a name in the picture, as far as there is room
-NAME_SIZE = 0.11, 0.035  # of a name in the picture, as shares of its axes
+NAME_SIZE = 0.12, 0.032  # of a name in the picture, as shares of its axes
 SMALLEST = 1e-300  # a rate that is 0 for a float is drawn here
 
 
@@ -52,8 +52,8 @@ def plot_volcano(table: pd.DataFrame, output: Path, title: str, shift: str) -> N
     significant = table["fdr"].to_numpy() < SIGNIFICANT
     kinds = {
         "not significant": (~significant, GREY),
-        "less than others": (significant & (table["effect"].to_numpy() < 0), TRAIN_COLOUR),
-        "more than others": (significant & (table["effect"].to_numpy() >= 0), VALIDATION_COLOUR),
+        "shift below others": (significant & (table["effect"].to_numpy() < 0), TRAIN_COLOUR),
+        "shift above others": (significant & (table["effect"].to_numpy() >= 0), VALIDATION_COLOUR),
     }
     with _axes(output, width=6.4, height=5.0) as axes:
         for label, (chosen, colour) in kinds.items():
@@ -69,29 +69,36 @@ def plot_volcano(table: pd.DataFrame, output: Path, title: str, shift: str) -> N
                 )
         axes.axhline(-np.log10(SIGNIFICANT), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.margins(0.08)
+        axes.set_ylim(bottom=0)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel(shift)
         axes.set_ylabel("−log₁₀ false discovery rate")
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         scaled = np.stack([(x - left) / (right - left), (y - bottom) / (top - bottom)], axis=1)
         strongest = np.lexsort([-np.abs(x), -y])
-        for place in _with_room(scaled, strongest[significant[strongest]][: 5 * NAMED])[:NAMED]:
+        for place, side in _with_room(scaled, strongest[significant[strongest]]):
             axes.annotate(
                 table["symbol"].iloc[place],
                 (x[place], y[place]),
-                xytext=(4, 2),
+                xytext=(4 * side, 0),
                 textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
                 fontsize=7,
                 color=INK,
             )
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def _with_room(points: np.ndarray, order: np.ndarray) -> list[int]:
-    """The points (n, 2), in `order`, whose names do not cover an earlier one's."""
-    named: list[int] = []
+def _with_room(points: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
+    """Points (n, 2), in `order`, whose names cover no other name, and the side of each name: 1 right, -1 left."""
+    named: list[tuple[int, int]] = []
+    centres = np.empty((0, 2))
     for place in order:
-        distance = np.abs(points[named] - points[place]) < NAME_SIZE
-        if not distance.all(axis=1).any():
-            named.append(int(place))
+        for side in (1, -1):
+            centre = points[place] + (side * NAME_SIZE[0] / 2, 0)
+            if len(named) < NAMED and not (np.abs(centres - centre) < NAME_SIZE).all(axis=1).any():
+                named.append((int(place), side))
+                centres = np.vstack([centres, centre])
+                break
     return named
