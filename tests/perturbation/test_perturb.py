@@ -255,6 +255,20 @@ def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "random perturbations of these cells: mean shift" in said
 
 
+@pytest.mark.parametrize("how", ["delete", "overexpress"])
+def test_a_cell_with_no_other_gene_is_not_perturbed(how: str) -> None:
+    bundle, cells = bundle_of("mean", V1), few_cells()
+    counts = cells.X.tolil()
+    counts[0] = 0
+    counts[0, 20] = 3
+    counts[1, 20] = 3
+    cells.X = counts.tocsr()
+    table = scmodelforge.perturb(cells, bundle, ["G20"], how=how)
+    has = cells.X.toarray()[:, 20] > 0
+    assert table["n_cells"][0] == (has.sum() if how == "delete" else len(has)) - 1
+    assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+
+
 BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gene": (
         {"genes": ["G20", "G200", "ENSG00000000077"]},
@@ -267,6 +281,10 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("G27: in none of these cells", "how=overexpress"),
     ),
     "all together": ({"together": True}, ("a set is a list of genes",)),
+    "too many": (
+        {"genes": [f"G{gene}" for gene in range(12)], "together": True},
+        ("The set has 12 genes", "at most 12 of a cell"),
+    ),
     "how": ({"how": "inhibit"}, ("how is 'inhibit'; it must be delete or overexpress",)),
     "column": (
         {"state_key": "celltype", "start": "B"},

@@ -48,18 +48,17 @@ def all_genes(tokens: TokenBatch, layout: Layout, overexpressed: bool) -> Choice
 
 
 def listed(tokens: TokenBatch, sets: np.ndarray, layout: Layout, overexpressed: bool) -> Choice:
-    """Given perturbations (n_sets, k), in every cell; to be deleted, it needs all genes of the set, and others."""
-    if overexpressed:
-        cell, number = (axis.ravel() for axis in np.indices((tokens.n_cells, len(sets))))
-    else:
-        has = np.zeros((tokens.n_cells, int(sets.max()) + 1), dtype=bool)
-        present = detected(tokens, layout)
-        present &= present.sum(axis=1, keepdims=True) > sets.shape[1]
-        row, place = np.nonzero(present)
-        ids = tokens.input_ids.numpy()[row, place]
-        asked = ids < has.shape[1]
-        has[row[asked], ids[asked]] = True
-        cell, number = np.nonzero(has[:, sets].all(axis=2))
+    """Given perturbations (n_sets, k) in every cell that has other genes; to be deleted, it needs all of the set."""
+    present = detected(tokens, layout)
+    ids = tokens.input_ids.numpy()
+    has = np.zeros((tokens.n_cells, int(max(ids.max(initial=0), sets.max())) + 1), dtype=bool)
+    row, place = np.nonzero(present)
+    has[row, ids[row, place]] = True
+    n_there = has[:, sets].sum(axis=2)
+    chosen = present.sum(axis=1, keepdims=True) > n_there
+    if not overexpressed:
+        chosen &= n_there == sets.shape[1]
+    cell, number = np.nonzero(chosen)
     return Choice(cell, sets[number], number)
 
 

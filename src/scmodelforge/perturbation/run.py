@@ -29,6 +29,7 @@ from scmodelforge.perturbation.shifts import PerturbedCells
 from scmodelforge.perturbation.statistics import compare
 from scmodelforge.perturbation.variants import Layout, detected
 from scmodelforge.tokenizers.batch import TokenBatch
+from scmodelforge.tokenizers.gene_sequence import n_special
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +120,14 @@ def perturb(
     bundle = as_bundle(model)
     states = _states(how, state_key, start, goal, alt, null)
     pooling = _pooling(bundle, pooling)
-    sets = _sets(genes, together, bundle.vocab)
+    sets = _sets(genes, together, bundle)
     device = default_device()
     precision = precision_for(precision, device)
     store = open_for(bundle, data, config)
     rows, counts = _cells(bundle, store, state_key, start, max_cells, seed)
-    if sets is not None and how == "delete":
+    if sets is None:
+        log.info("Each gene of %s cells: %s perturbed cells.", f"{len(rows):,}", f"{counts.sum():,}")
+    elif how == "delete":
         sets = _detected_sets(sets, counts, bundle.vocab)
     centres = _centres(bundle, store, state_key, states, pooling, precision)
     cells = PerturbedCells(bundle, how == "overexpress", centres, pooling, device, precision)
@@ -185,13 +188,19 @@ def _pooling(bundle: ModelBundle, pooling: str | None) -> str:
     return pooling
 
 
-def _sets(genes: str | Sequence[str], together: bool, vocab: GeneVocab) -> np.ndarray | None:
+def _sets(genes: str | Sequence[str], together: bool, bundle: ModelBundle) -> np.ndarray | None:
     """int64 (n_perturbations, k): tokens; None for all genes."""
     if isinstance(genes, str) and genes == "all":
         if together:
             raise UserError("'all' perturbs one gene at a time; a set is a list of genes.")
         return None
-    tokens = gene_tokens([genes] if isinstance(genes, str) else genes, vocab)
+    tokens = gene_tokens([genes] if isinstance(genes, str) else genes, bundle.vocab)
+    room = bundle.config.tokenizer.max_genes - n_special(bundle.config.tokenizer)
+    if together and len(tokens) >= room:
+        raise UserError(
+            f"The set has {len(tokens):,} genes, and the model reads at most {room:,} of a cell: no other gene would "
+            "be left beside them. Give fewer."
+        )
     return tokens[None, :] if together else tokens[:, None]
 
 
