@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.models.hub import push as push
     from scmodelforge.models.published import export_model as export_model
     from scmodelforge.models.published import import_model as import_model
+    from scmodelforge.perturbation.run import perturb as perturb
     from scmodelforge.training.run import train as train
 
 
@@ -51,6 +52,7 @@ _HOME = {
     "load_model": "models.bundle",
     "pull": "models.hub",
     "push": "models.hub",
+    "perturb": "perturbation.run",
     "save_bundle": "models.bundle",
     "tokens": "inference",
     "train": "training.run",

@@ -259,6 +259,66 @@ def annotate(
 
 
 @app.command()
+def perturb(
+    model: ModelOption,
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", help="Folder for perturbations.csv and volcano.png.")],
+    genes: Annotated[
+        str | None, typer.Option("--genes", help="Genes to perturb one at a time: A,B or all (of each cell).")
+    ] = None,
+    set_of_genes: Annotated[
+        str | None, typer.Option("--set-of-genes", help="Genes to perturb together: A,B; in this order.")
+    ] = None,
+    how: Annotated[str, typer.Option("--how", help="delete or overexpress.")] = "delete",
+    state_key: Annotated[str | None, typer.Option("--state-key", help="obs column of the states.")] = None,
+    start: Annotated[str | None, typer.Option("--start", help="State of the cells to perturb.")] = None,
+    goal: Annotated[str | None, typer.Option("--goal", help="State to measure the shift to.")] = None,
+    alt: Annotated[
+        list[str] | None, typer.Option("--alt", help="Another state to measure the shift to (repeatable).")
+    ] = None,
+    null: Annotated[
+        str | None, typer.Option("--null", help="Compare with cells of this state, not with random genes.")
+    ] = None,
+    max_cells: Annotated[int, typer.Option("--max-cells", min=1, help="Most cells to perturb.")] = 1000,
+    pooling: Annotated[str | None, typer.Option("--pooling", help="As of embed.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="32 or bf16.")] = "32",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="For cells and genes that are drawn.")] = 0,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Delete or overexpress genes in cells and measure how the model's view of them moves."""
+    from scmodelforge.config_io import load_config
+
+    settings = load_config(config, set_ or [], MODEL_SECTIONS)
+    if (genes is None) == (set_of_genes is None):
+        raise UserError("Say what to perturb: either --genes A,B (or all) or --set-of-genes A,B.")
+    names = str(genes or set_of_genes)
+    from scmodelforge.files import ensure_writable
+    from scmodelforge.perturbation.run import perturb as run
+    from scmodelforge.report.volcano import write_perturbations
+
+    ensure_writable(output)
+    table = run(
+        _one(data),
+        model,
+        "all" if names == "all" else names.split(","),
+        together=genes is None,
+        how=how,
+        state_key=state_key,
+        start=start,
+        goal=goal,
+        alt=alt or (),
+        null=null,
+        max_cells=max_cells,
+        pooling=pooling,
+        precision=precision,
+        seed=seed,
+        config=settings.data,
+    )
+    print(write_perturbations(table, output, how, start, goal))
+
+
+@app.command()
 def check(
     data: Annotated[str, typer.Argument(help="An .h5ad file, a .zarr store, or the URL of one.")],
     config: ConfigOption = None,

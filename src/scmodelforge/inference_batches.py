@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from scmodelforge.data.batch import MeasuredGenes
+from scmodelforge.data.batch import REPEAT, MeasuredGenes
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import UserError
@@ -212,8 +212,9 @@ class FittingBatches:
     def _back_off(self, part: TokenBatch) -> None:
         n_tokens = int(part.lengths.sum())
         if part.n_cells == 1:
+            cell = int(part.cell_index[0]) % REPEAT
             raise UserError(
-                f"The memory of {self.device.type} is too small for a single cell: cell {int(part.cell_index[0])} with "
+                f"The memory of {self.device.type} is too small for a single cell: cell {cell} with "
                 f"{n_tokens:,} tokens.\nEnd other programs that use it, or take a machine with more memory."
             )
         self.budget = max(n_tokens // 2, 1)
@@ -242,13 +243,13 @@ def within_budget(tokens: TokenBatch, budget: int) -> list[TokenBatch]:
     while start < tokens.n_cells:
         used = int(ends[start - 1]) if start else 0
         end = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
-        parts.append(_cells(tokens, slice(start, end)))
+        parts.append(some_cells(tokens, slice(start, end)))
         start = end
     return parts
 
 
-def _cells(tokens: TokenBatch, cells: slice) -> TokenBatch:
-    """Some cells of a batch, padded to the longest of them."""
+def some_cells(tokens: TokenBatch, cells: slice | torch.Tensor) -> TokenBatch:
+    """Some cells of a batch (a slice, or int64 rows), padded to the longest of them."""
     lengths = tokens.lengths[cells]
     length = max(int(lengths.max()), 1)
     optional = {name: getattr(tokens, name) for name in ("obs", "bin_edges", "left_out")}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from anndata import AnnData
 
@@ -47,6 +48,7 @@ def test_help_loads_neither_torch_nor_scanpy() -> None:
         "benchmark",
         "embed",
         "annotate",
+        "perturb",
         "check",
         "tokens",
         "init",
@@ -56,7 +58,8 @@ def test_help_loads_neither_torch_nor_scanpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "plan", "slurm", "finetune", "benchmark", "embed", "annotate", "check", "tokens"]
+    "command",
+    ["train", "plan", "slurm", "finetune", "benchmark", "embed", "annotate", "perturb", "check", "tokens"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     text = done(command, "--help").out
@@ -147,6 +150,39 @@ def test_embed_in_place_under_another_key(trained: Path, adata: AnnData, tmp_pat
     assert set(embedded.obsm) == {"X_mean", "X_cls"}
     assert not np.allclose(embedded.obsm["X_mean"], embedded.obsm["X_cls"])
     assert files_below(tmp_path) == ["cells.h5ad"]
+
+
+def test_perturb_writes_a_table_and_a_picture(trained: Path, cells: Path, tmp_path: Path) -> None:
+    states = ("--state-key", "cell_type", "--start", "CD19+ B", "--goal", "Dendritic", "--alt", "CD34+")
+    how = ("--how", "overexpress", "--max-cells", "20")
+    perturb = ("perturb", "--model", trained / "model", "--data", cells, *how, *states, "--output")
+    answer = done(*perturb, tmp_path / "one", "--genes", "CD74, LYZ")
+    table = pd.read_csv(tmp_path / "one" / "perturbations.csv")
+    assert set(table["symbol"]) == {"CD74", "LYZ"}
+    assert table["n_cells"].tolist() == [20, 20]
+    assert {"mean_shift", "effect", "p_value", "fdr", "mean_shift_to_CD34+"} <= set(table.columns)
+    assert "of 2 perturbations with a false discovery rate below 0.05" in answer.out
+    assert "20 of 95 cells are perturbed (max_cells)." in answer.err
+    assert (tmp_path / "one" / "volcano.png").read_bytes().startswith(b"\x89PNG")
+    done(*perturb, tmp_path / "set", "--set-of-genes", "CD74,LYZ")
+    assert pd.read_csv(tmp_path / "set" / "perturbations.csv")["symbol"].tolist() == ["CD74+LYZ"]
+    adata = anndata.read_h5ad(cells)
+    same = {
+        "how": "overexpress",
+        "max_cells": 20,
+        "state_key": "cell_type",
+        "start": "CD19+ B",
+        "goal": "Dendritic",
+    }
+    again = scmodelforge.perturb(adata, trained / "model", ["CD74", "LYZ"], alt=["CD34+"], **same)
+    pd.testing.assert_frame_equal(again, table, rtol=1e-4)
+
+
+def test_perturb_says_what_is_missing(trained: Path, cells: Path, tmp_path: Path) -> None:
+    perturb = ("perturb", "--model", trained / "model", "--data", cells, "--output", tmp_path / "out")
+    refused(*perturb, words=("either --genes A,B (or all) or --set-of-genes A,B",))
+    refused(*perturb, "--genes", "CD74", "--set-of-genes", "LYZ", words=("either --genes",))
+    refused(*perturb, "--genes", "CD74A", words=("CD74A: unknown name; did you mean CD74",))
 
 
 def test_annotate_twice_overwrites(tuned: Path, cells: Path, tmp_path: Path) -> None:

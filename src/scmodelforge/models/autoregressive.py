@@ -81,6 +81,10 @@ class AutoregressiveTransformer(CellTransformer):
         hidden = self.transformer(self.inputs(packed), self.sequences(packed, embed))
         return hidden if packed is tokens else unpack(hidden, packed, tokens.input_ids.shape[1])
 
+    def embedded_tokens(self, tokens: PackedTokens) -> torch.Tensor:
+        """As in `CellTransformer`: with each token's own count."""
+        return self(tokens, embed=True)
+
     def encode(self, tokens: TokenBatch | PackedTokens, pooling: str | None = None) -> torch.Tensor:
         """Cell embeddings (n_cells, width); the same whatever cells they come with.
 
@@ -98,7 +102,7 @@ class AutoregressiveTransformer(CellTransformer):
                 "state has seen no gene. Use pooling 'mean' or 'window'."
             )
         packed = self.readable(tokens) if isinstance(tokens, TokenBatch) else tokens
-        return self.cell_embedding(self(packed, embed=True), packed, pooling)
+        return self.cell_embedding(self.embedded_tokens(packed), packed, pooling)
 
     def readable(self, tokens: TokenBatch, total: int | None = None) -> PackedTokens:
         """As in `CellTransformer`, of what `read` leaves."""

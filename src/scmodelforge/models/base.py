@@ -95,6 +95,10 @@ class CellTransformer(nn.Module):
         hidden = self.transformer(self.inputs(packed), self.sequences(packed))
         return hidden if packed is tokens else unpack(hidden, packed, tokens.input_ids.shape[1])
 
+    def embedded_tokens(self, tokens: PackedTokens) -> torch.Tensor:
+        """Hidden states (total, width) as embeddings of genes in the context of their cell."""
+        return self(tokens)
+
     def pool(self, hidden: torch.Tensor, tokens: PackedTokens, pooling: str | None = None) -> torch.Tensor:
         """Cell embeddings (n_cells, width), not normalized, from hidden states (total, width)."""
         return pool(hidden, tokens, pooling or self.pooling, self.first_gene_token, self.max_length)
@@ -109,7 +113,7 @@ class CellTransformer(nn.Module):
     def encode(self, tokens: TokenBatch | PackedTokens, pooling: str | None = None) -> torch.Tensor:
         """Cell embeddings (n_cells, width); the same whatever cells they come with."""
         packed = self.readable(tokens) if isinstance(tokens, TokenBatch) else tokens
-        return self.cell_embedding(self(packed), packed, pooling)
+        return self.cell_embedding(self.embedded_tokens(packed), packed, pooling)
 
 
 def at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
