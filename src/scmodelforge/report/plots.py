@@ -114,15 +114,7 @@ def plot_umap(
     DataError
         If there are fewer than ten cells.
     """
-    import anndata
-    import scanpy as sc
-
-    if len(embedding) < MIN_CELLS_FOR_UMAP:
-        raise DataError(f"A UMAP needs at least {MIN_CELLS_FOR_UMAP} cells, and there are {len(embedding)}.")
-    adata = anndata.AnnData(obsm={"X": np.asarray(embedding, dtype=np.float32)})
-    sc.pp.neighbors(adata, n_neighbors=min(15, len(embedding) - 1), use_rep="X", random_state=seed)
-    sc.tl.umap(adata, random_state=seed)
-    points = np.asarray(adata.obsm["X_umap"], dtype=np.float32)
+    points = umap_layout(embedding, seed)
 
     column = pd.Categorical(pd.Series(labels, dtype=object).replace("", None))
     legend_columns = -(-(len(column.categories) + 1) // LEGEND_ROWS)
@@ -146,11 +138,30 @@ def plot_umap(
     return points
 
 
+def umap_layout(embedding: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Coordinates of a UMAP by scanpy, float32 (n_cells, 2).
+
+    Raises
+    ------
+    DataError
+        If there are fewer than ten cells.
+    """
+    import anndata
+    import scanpy as sc
+
+    if len(embedding) < MIN_CELLS_FOR_UMAP:
+        raise DataError(f"A UMAP needs at least {MIN_CELLS_FOR_UMAP} cells, and there are {len(embedding)}.")
+    adata = anndata.AnnData(obsm={"X": np.asarray(embedding, dtype=np.float32)})
+    sc.pp.neighbors(adata, n_neighbors=min(15, len(embedding) - 1), use_rep="X", random_state=seed)
+    sc.tl.umap(adata, random_state=seed)
+    return np.asarray(adata.obsm["X_umap"], dtype=np.float32)
+
+
 def _scatter(axes: Axes, points: np.ndarray, column: pd.Categorical[Any], seed: int) -> None:
     from matplotlib.patheffects import withStroke
 
     codes, names = np.asarray(column.codes), [str(name) for name in column.categories]
-    palette = _palette(len(names))
+    palette = class_colours(len(names))
     colours = np.array([*palette, GREY])
     order = np.random.default_rng(seed).permutation(len(points))  # so that no class covers another
     order = order[np.argsort(codes[order] >= 0, kind="stable")]  # unlabelled cells lie below
@@ -186,7 +197,7 @@ def _scatter(axes: Axes, points: np.ndarray, column: pd.Categorical[Any], seed: 
         axes.scatter([], [], s=30, color=GREY, label="unlabelled", linewidths=0)
 
 
-def _palette(n: int) -> list[str]:
+def class_colours(n: int) -> list[str]:
     """`n` colours: scanpy's palettes for up to 10, 20, 28 and 102 classes, repeated beyond."""
     from scanpy.plotting import palettes
 
