@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.models.bundle import save_bundle as save_bundle
     from scmodelforge.models.published import export_model as export_model
     from scmodelforge.models.published import import_model as import_model
+    from scmodelforge.report.benchmark_page import write_benchmark_report as write_benchmark_report
+    from scmodelforge.report.comparison import compare as compare
+    from scmodelforge.report.run_page import write_report as write_report
     from scmodelforge.training.run import train as train
 
 
@@ -37,6 +40,7 @@ _HOME = {
     "annotate": "inference",
     "benchmark": "evaluation.harness",
     "check": "data.check",
+    "compare": "report.comparison",
     "embed": "inference",
     "export_model": "models.published",
     "finetune": "finetuning.run",
@@ -46,6 +50,8 @@ _HOME = {
     "save_bundle": "models.bundle",
     "tokens": "inference",
     "train": "training.run",
+    "write_benchmark_report": "report.benchmark_page",
+    "write_report": "report.run_page",
 }
 
 __all__ = ["__version__", *_HOME]
