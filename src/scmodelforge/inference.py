@@ -30,7 +30,6 @@ from scmodelforge.inference_batches import (
 from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.base import build_tokenizer
-from scmodelforge.tokenizers.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 

@@ -70,11 +70,13 @@ def shown_cells(
     if bundle.labels is not None and bundle.head is not None:
         with torch.inference_mode():
             output = head_outputs(bundle.labels, bundle.head.cpu().eval(), torch.from_numpy(embedding))
-        for name, column in labels_of(bundle, output.numpy(), obs.index).items():
-            columns[str(name).replace("/", "_")] = column.to_numpy() if column.dtype != "category" else column.array
+        predicted = labels_of(bundle, output.numpy(), obs.index)
+        columns |= {str(column).replace("/", "_"): predicted[column].array for column in predicted}
         facts["prediction"] = f"scmodelforge_{bundle.labels.key}".replace("/", "_")
     index = obs.index.astype(str)
-    return AnnData(obs=pd.DataFrame(columns, index=index), obsm={EMBEDDING_KEY: embedding}, uns={FACTS: facts})
+    return AnnData(
+        obs=pd.DataFrame(columns, index=index), obsm={EMBEDDING_KEY: embedding}, uns={FACTS: facts}
+    )
 
 
 def write_cells(cells: AnnData, path: Path) -> None:

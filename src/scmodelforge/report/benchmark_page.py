@@ -40,12 +40,14 @@ def write_benchmark_report(
     """
     path = Path(results)
     found = read_results(path)
-    cells = CellsView("", [], None, NO_CELLS) if model is None or data is None else _cells(model, data, config)
+    cells = (
+        CellsView("", [], None, NO_CELLS) if model is None or data is None else _cells(model, data, config)
+    )
     command = shell_line(found.command)
     return write_page(
         "benchmark.html",
         path.with_suffix(".html"),
-        title=path.stem,
+        title=", ".join(dict.fromkeys(row.dataset for row in found.results if row.dataset)) or path.stem,
         kind="Benchmark",
         lede=f"{found.model} on {found.data or 'data that are not named'}.",
         written=None,

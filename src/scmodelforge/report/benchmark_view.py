@@ -13,9 +13,20 @@ from scmodelforge.report.charts import Whiskers, number, whiskers
 from scmodelforge.report.results import Comparison, MethodResult, Results
 
 MOST_PANELS = 6
-ACRONYMS = {"f1": "F1", "ari": "ARI", "nmi": "NMI", "asw": "ASW", "mse": "MSE", "mae": "MAE", "auroc": "AUROC"} | {
+ACRONYMS = {
+    "f1": "F1",
+    "ari": "ARI",
+    "nmi": "NMI",
+    "asw": "ASW",
+    "mse": "MSE",
+    "mae": "MAE",
+    "auroc": "AUROC",
+} | {
     name: name.upper() for name in ("auc", "pcr", "knn", "lisi", "ilisi", "clisi", "rmse", "hvg", "pca", "r2")
 }
+
+
+Figure = tuple[str, bool, float, tuple[float, float] | None]  # method, whether a baseline, figure, interval
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class BenchmarkView:
     title: str
     dataset: str
     panels: list[Whiskers]
+    figures: dict[str, list[Figure]]
     columns: list[str]
     rows: list[Row]
     facts: list[tuple[str, str]]
@@ -55,6 +67,12 @@ class Headline:
 def pretty(name: str) -> str:
     """A name from a file as people write it: macro_f1 is macro F1."""
     return " ".join(ACRONYMS.get(word, word) for word in name.split("_"))
+
+
+def heading(name: str) -> str:
+    """As `pretty`, for the start of a line."""
+    text = pretty(name)
+    return text[:1].upper() + text[1:]
 
 
 def view_benchmarks(results: Results) -> list[BenchmarkView]:
@@ -99,7 +117,7 @@ def in_words(test: Comparison) -> str:
     verdict = (
         "The interval holds 0: these cells do not tell the two apart."
         if low <= 0 <= high
-        else "The interval leaves out 0: this is more than chance between cells."
+        else "The interval leaves out 0: this is more than chance."
     )
     return (
         f"On the same cells the model's {metric} is {by} that of {test.baseline}, the best baseline "
@@ -120,24 +138,26 @@ def _view(group: list[MethodResult]) -> BenchmarkView:
         for key, value in first.metrics.items()
         if key not in figures and not key.endswith("_std") and not isinstance(value, dict | list)
     }
+    shown: dict[str, list[Figure]] = {
+        pretty(name): [
+            (row.method, row.is_rival, float(row.metrics[name]), row.intervals.get(name))
+            for row in group
+            if _is_figure(row.metrics.get(name))
+        ]
+        for name in panels
+    }
     per_class, confusion = _details(first)
     return BenchmarkView(
-        pretty(first.benchmark),
+        heading(first.benchmark),
         first.dataset,
-        [
-            whiskers(
-                pretty(name),
-                [
-                    (row.method, row.is_rival, float(row.metrics[name]), row.intervals.get(name))
-                    for row in group
-                    if _is_figure(row.metrics.get(name))
-                ],
-            )
-            for name in panels
-        ],
+        [whiskers(name, rows) for name, rows in shown.items()],
+        shown,
         [pretty(name) for name in figures],
         [Row(row.method, row.is_rival, [_cell(row, name) for name in figures]) for row in group],
-        [(pretty(key), number(value) if isinstance(value, int | float) else str(value)) for key, value in facts.items()],
+        [
+            (pretty(key), number(value) if isinstance(value, int | float) else str(value))
+            for key, value in facts.items()
+        ],
         [in_words(test) for test in tested],
         not with_interval,
         per_class,
@@ -173,7 +193,11 @@ def _cell(row: MethodResult, name: str) -> tuple[str, str]:
 def _details(result: MethodResult) -> tuple[list[dict[str, Any]], Confusion | None]:
     """Tables of classes, where the benchmark left some in the agreed form."""
     records = result.details.get("per_class")
-    per_class = records if isinstance(records, list) and all(isinstance(r, dict) and "label" in r for r in records) else []
+    per_class = (
+        records
+        if isinstance(records, list) and all(isinstance(r, dict) and "label" in r for r in records)
+        else []
+    )
     found = result.details.get("confusion")
     if not isinstance(found, dict) or not found.get("labels"):
         return per_class, None

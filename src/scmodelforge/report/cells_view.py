@@ -64,7 +64,11 @@ def view_cells(cells: AnnData) -> CellsView:
     """Charts and tables of cells that `shown_cells` made, with their layout."""
     facts = cells.uns[FACTS]
     n_all, kind = int(facts["n_all"]), str(facts["kind"])
-    some = f"{cells.n_obs:,} of {n_all:,} {kind}, evenly chosen" if cells.n_obs < n_all else f"All {n_all:,} {kind}"
+    some = (
+        f"{cells.n_obs:,} of {n_all:,} {kind}, evenly chosen"
+        if cells.n_obs < n_all
+        else f"All {n_all:,} {kind}"
+    )
     label, prediction = facts.get("label"), facts.get("prediction")
     predictions = None
     if label is not None and prediction is not None:
@@ -75,7 +79,12 @@ def view_cells(cells: AnnData) -> CellsView:
     points = np.asarray(cells.obsm[LAYOUT])
     shared = _shared_classes(cells.obs, label, prediction)
     umaps = [
-        _coloured(f"{role}: {name}", points, cells.obs[name], shared if role != "Batch" else None)
+        _coloured(
+            role if role == "Prediction" else f"{role}: {name}",
+            points,
+            cells.obs[name],
+            shared if role != "Batch" else None,
+        )
         for role, name in (("Label", label), ("Prediction", prediction), ("Batch", facts.get("batch")))
         if name is not None
     ]
@@ -91,7 +100,9 @@ def confusion_of(labels: Sequence[str], counts: np.ndarray) -> Confusion:
     totals = counts.sum(axis=1)
     kept = np.sort(np.argsort(-totals, kind="stable")[:MOST_CLASSES])
     shares = counts / np.maximum(totals, 1)[:, None]
-    left_out = f"The {len(kept)} largest of {len(labels)} classes are shown." if len(kept) < len(labels) else ""
+    left_out = (
+        f"The {len(kept)} largest of {len(labels)} classes are shown." if len(kept) < len(labels) else ""
+    )
     return Confusion(
         [str(labels[k]) for k in kept],
         totals[kept].tolist(),
@@ -115,7 +126,10 @@ def _coloured(title: str, points: np.ndarray, column: pd.Series, names: list[str
         bins = pd.cut(column, BINS, labels=False)
         low, high = float(column.min()), float(column.max())
         edges = np.linspace(low, high, BINS + 1)
-        ranges = [f"{number(a)} to {number(b)}" for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+        ranges = [
+            f"{number(a)} to {number(b)}"
+            for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        ]
         return scatter(title, points, bins.fillna(-1).to_numpy(int), ranges, colours_of_values(BINS))
     names = names or sorted(set(column.dropna().astype(str)))
     codes = pd.Index(names).get_indexer(pd.Index(column.astype(object).where(column.notna()).map(str)))
@@ -142,7 +156,13 @@ def _predictions(truth: pd.Series, predicted: pd.Series) -> Predictions | None:
         truth, predicted, labels=labels, zero_division=0
     )
     per_class = [
-        {"label": name, "n": int(n[k]), "precision": float(precision[k]), "recall": float(recall[k]), "f1": float(f1[k])}
+        {
+            "label": name,
+            "n": int(n[k]),
+            "precision": float(precision[k]),
+            "recall": float(recall[k]),
+            "f1": float(f1[k]),
+        }
         for k, name in enumerate(labels)
     ]
     present = n > 0
@@ -151,4 +171,6 @@ def _predictions(truth: pd.Series, predicted: pd.Series) -> Predictions | None:
         ("accuracy", number(float(metrics.accuracy_score(truth, predicted)))),
         ("macro F1", number(float(f1[present].mean()))),
     ]
-    return Predictions(figures, per_class, confusion_of(labels, metrics.confusion_matrix(truth, predicted, labels=labels)))
+    return Predictions(
+        figures, per_class, confusion_of(labels, metrics.confusion_matrix(truth, predicted, labels=labels))
+    )

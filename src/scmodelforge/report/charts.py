@@ -122,17 +122,15 @@ def number(value: float) -> str:
     """A figure as people write it: three or four digits, thousands apart."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
-    size = abs(value)
-    if value == int(value) and size < 1e9:
-        return f"{int(value):,}"
-    if size >= 1e6:
-        return f"{value / 1e6:,.3g} M"
+    sign, size = "−" if value < 0 else "", abs(value)
+    if isinstance(value, int) or value == 0 or (value == int(value) and size >= 10):
+        return f"{sign}{int(size):,}"
     if size >= 100:
-        return f"{value:,.0f}"
+        return f"{sign}{size:,.0f}"
     if size >= 0.01:
-        return f"{value:.3f}" if size < 10 else f"{value:.1f}"
-    mantissa, _, power = f"{value:.2g}".partition("e")
-    return f"{mantissa}e{int(power)}" if power else mantissa
+        return f"{sign}{size:.3f}" if size < 10 else f"{sign}{size:.1f}"
+    mantissa, _, power = f"{size:.2g}".partition("e")
+    return sign + (f"{mantissa}e{int(power)}" if power else mantissa)
 
 
 def line_chart(
@@ -203,7 +201,9 @@ def smoothed(values: np.ndarray) -> np.ndarray | None:
     return pd.Series(values).rolling(len(values) // 20, center=True, min_periods=1).mean().to_numpy()
 
 
-def scatter(title: str, points: np.ndarray, codes: np.ndarray, names: Sequence[str], colours: Sequence[str]) -> Scatter:
+def scatter(
+    title: str, points: np.ndarray, codes: np.ndarray, names: Sequence[str], colours: Sequence[str]
+) -> Scatter:
     """Cells in two dimensions, coloured by class.
 
     Parameters
@@ -228,11 +228,15 @@ def scatter(title: str, points: np.ndarray, codes: np.ndarray, names: Sequence[s
     classes = []
     for code in present:
         own = at[codes == code]
-        middle = own[np.abs(own - np.median(own, axis=0)).sum(1).argmin()]  # a cell, never the gap between two
+        middle = own[
+            np.abs(own - np.median(own, axis=0)).sum(1).argmin()
+        ]  # a cell, never the gap between two
         centre = (round(float(middle[0]), 1), round(float(middle[1]), 1)) if numbered and code >= 0 else None
         name, colour = ("unlabelled", "var(--faint)") if code < 0 else (names[code], colours[code])
         classes.append(Class(name, colour, len(own), centre))
-    return Scatter(title, classes, paths, round(float(np.clip(150 / math.sqrt(len(points)), 3.0, 8.0)), 1), numbered)
+    return Scatter(
+        title, classes, paths, round(float(np.clip(150 / math.sqrt(len(points)), 3.0, 8.0)), 1), numbered
+    )
 
 
 def colours_for(n: int) -> list[str]:
@@ -257,7 +261,7 @@ def whiskers(metric: str, rows: Sequence[tuple[str, bool, float, tuple[float, fl
     ends = [end for _, _, value, interval in rows for end in (value, *(interval or ())) if math.isfinite(end)]
     low, high = _range([np.array(ends)]) if ends else (0.0, 1.0)
     pad = 0.08 * (high - low)
-    bounded = bool(ends) and 0 <= low and high <= 1
+    bounded = bool(ends) and low >= 0 and high <= 1
     low, high = (max(0.0, low - pad), min(1.0, high + pad)) if bounded else (low - pad, high + pad)
 
     def at(value: float) -> float:
@@ -295,7 +299,7 @@ def _ticks(low: float, high: float, percent: bool = False) -> list[tuple[float, 
     from matplotlib.ticker import MaxNLocator
 
     factor = 100 if percent else 1
-    values = MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low * factor, high * factor)
+    values = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low * factor, high * factor)
     step = float(values[1] - values[0])
     inside = [float(v) for v in values if low * factor - step * 1e-6 <= v <= high * factor + step * 1e-6]
     most = max(abs(v) for v in inside) if inside else 1.0
@@ -303,13 +307,17 @@ def _ticks(low: float, high: float, percent: bool = False) -> list[tuple[float, 
     if most >= 10_000:
         unit, letter = (1e6, " M") if most >= 1e6 else (1e3, " k")
         decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9))
-        return [(v / factor, f"{v / unit:.{decimals}f}{letter}" if v else "0") for v in inside]
+        return [(v / factor, _minus(f"{v / unit:.{decimals}f}{letter}") if v else "0") for v in inside]
     if most < 1e-3 and most > 0:
         return [(v / factor, number(v) if v else "0") for v in inside]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if round(step * 10**decimals, 6) % 1:  # steps of 2.5
         decimals += 1
-    return [(v / factor, f"{v:,.{decimals}f}{suffix}") for v in inside]
+    return [(v / factor, _minus(f"{v:,.{decimals}f}{suffix}")) for v in inside]
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from scmodelforge.errors import UserError
 from scmodelforge.files import ensure_target
-from scmodelforge.report.benchmark_view import BenchmarkView, pretty, view_benchmarks
-from scmodelforge.report.charts import Curve, LineChart, line_chart, number, smoothed
+from scmodelforge.report.benchmark_view import BenchmarkView, heading, pretty, view_benchmarks
+from scmodelforge.report.charts import Curve, LineChart, Whiskers, line_chart, number, smoothed, whiskers
 from scmodelforge.report.render import write_page
 from scmodelforge.report.run_folder import Run, read_run
 from scmodelforge.report.run_page import command_of, kind_of
@@ -19,6 +19,17 @@ LOOKS = 8  # colours of curves in the style sheet
 NOT_SET = "(not set)"
 PLACES = ("training.run_dir", "training.checkpoint_dir")  # differ in every pair of runs, and change nothing
 SAME_TASK = ("tokenizer.strategy", "model.architecture", "model.pretraining_task", "data.split", "data.paths")
+
+
+@dataclass(frozen=True)
+class SharedBenchmark:
+    """A benchmark of several runs: panels with a row for each model, tests in words, and on which data."""
+
+    title: str
+    dataset: str
+    panels: list[Whiskers]
+    tests: list[str]
+    data: list[str]
 
 
 @dataclass(frozen=True)
@@ -58,17 +69,11 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.html") 
         written=None,
         names=[(name, f"run-{place % LOOKS}") for place, name in enumerate(names)],
         charts=overlaid(found, names),
-        caution=_caution(differences),
+        caution=_caution(found, differences),
         differences=differences,
-        n_same=sum(key not in PLACES for key in flat(found[0].config)) - sum(row.name not in PLACES for row in differences),
+        n_same=len({key for run in found for key in flat(run.config)} - set(PLACES)) - len(differences),
         figures=figures_of(found),
-        benchmarks=[
-            (name, path.name, view)
-            for name, run in zip(names, found, strict=True)
-            for path, results in run.benchmarks
-            for view in view_benchmarks(results)
-        ],
-        side_by_side=benchmarks_side_by_side(found),
+        benchmarks=benchmarks_side_by_side(found, names),
         commands=[(name, command_of(run)) for name, run in zip(names, found, strict=True)],
     )
 
@@ -87,7 +92,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
     keys: dict[str, Any] = {}
     for key, value in tree.items():
-        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        keys |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        )
     return keys
 
 
@@ -97,7 +104,7 @@ def config_differences(runs: Sequence[Run]) -> list[TableRow]:
     rows = []
     for key in dict.fromkeys(key for tree in trees for key in tree):
         values = [_plain(tree[key]) if key in tree else NOT_SET for tree in trees]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and key not in PLACES:
             rows.append(TableRow(key, values))
     return rows
 
@@ -105,11 +112,13 @@ def config_differences(runs: Sequence[Run]) -> list[TableRow]:
 def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[LineChart]:
     """One chart for each figure that a run logged, losses first."""
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
-    validation = [name for name in logged if name.startswith("val_") and name not in ("val_loss", "val_n_asked")]
+    validation = [
+        name for name in logged if name.startswith("val_") and name not in ("val_loss", "val_n_asked")
+    ]
     asked = [
         ("val_loss", "Validation loss", {}),
         ("train_loss", "Training loss (running mean)", {}),
-        *((name, pretty(name.removeprefix("val_")).capitalize(), {}) for name in validation),
+        *((name, heading(name.removeprefix("val_")), {}) for name in validation),
         ("learning_rate", "Learning rate", {"from_zero": True}),
         ("cells_per_second", "Cells per second", {"from_zero": True}),
         ("tokens_per_second", "Tokens per second", {"from_zero": True}),
@@ -139,10 +148,15 @@ def figures_of(runs: Sequence[Run]) -> list[TableRow]:
             rows.setdefault(name, ["—"] * len(runs))[place] = text or number(value)
 
     for place, run in enumerate(runs):
-        data, model, performance = (run.record.get(key) or {} for key in ("data", "model", "performance"))
         for name, values in run.metrics.items():
             if name.startswith("val_") and name != "val_n_asked":
-                add(f"{pretty(name.removeprefix('val_'))}, validation, at the end", float(values[-1, 1]), place)
+                add(
+                    f"{pretty(name.removeprefix('val_'))}, validation, at the end",
+                    float(values[-1, 1]),
+                    place,
+                )
+    for place, run in enumerate(runs):
+        data, model, performance = (run.record.get(key) or {} for key in ("data", "model", "performance"))
         add("training cells", data.get("n_train"), place)
         add("validation cells", data.get("n_val"), place)
         add("parameters", model.get("n_parameters"), place)
@@ -150,7 +164,11 @@ def figures_of(runs: Sequence[Run]) -> list[TableRow]:
         add("seconds of training", performance.get("seconds"), place)
         add("cells per second", performance.get("cells_per_second"), place)
         add("tokens per second", performance.get("tokens_per_second"), place)
-        for key, name in (("data_wait_share", "waiting for data"), ("padding_share", "padding"), ("mfu", "MFU")):
+        for key, name in (
+            ("data_wait_share", "waiting for data"),
+            ("padding_share", "padding"),
+            ("mfu", "MFU"),
+        ):
             share = performance.get(key)
             add(name, share, place, None if share is None else f"{100 * share:.1f} %")
         add("peak memory, GiB", performance.get("peak_memory_gib"), place)
@@ -158,20 +176,40 @@ def figures_of(runs: Sequence[Run]) -> list[TableRow]:
     return [TableRow(name, values) for name, values in rows.items()]
 
 
-def benchmarks_side_by_side(runs: Sequence[Run]) -> list[TableRow]:
-    """The model's figures in the benchmarks of each run, where several runs have the same ones."""
-    rows: dict[str, list[str]] = {}
-    for place, run in enumerate(runs):
+def benchmarks_side_by_side(runs: Sequence[Run], names: Sequence[str]) -> list[SharedBenchmark]:
+    """Each benchmark that lies in a run folder: the models of the runs, and the baselines once."""
+    groups: dict[tuple[str, str], list[tuple[str, str, BenchmarkView]]] = {}
+    for name, run in zip(names, runs, strict=True):
         for _, results in run.benchmarks:
+            data = f"{results.data or 'data that are not named'}, {results.n_cells or 'unknown'} cells"
             for view in view_benchmarks(results):
-                for column, (value, below) in zip(view.columns, _model_cells(view), strict=False):
-                    key = f"{view.title}{f' on {view.dataset}' if view.dataset else ''}: {column}"
-                    rows.setdefault(key, ["—"] * len(runs))[place] = f"{value} ({below})" if below else value
-    return [TableRow(name, values) for name, values in rows.items()]
+                groups.setdefault((view.title, view.dataset), []).append((name, data, view))
+    return [
+        SharedBenchmark(
+            title,
+            dataset,
+            _panels([(name, view) for name, _, view in found]),
+            [f"{name}: {sentence}" for name, _, view in found for sentence in view.tests],
+            list(dict.fromkeys(data for _, data, _ in found)),
+        )
+        for (title, dataset), found in groups.items()
+    ]
 
 
-def _model_cells(view: BenchmarkView) -> list[tuple[str, str]]:
-    return next((row.cells for row in view.rows if not row.is_baseline), [])
+def _panels(views: Sequence[tuple[str, BenchmarkView]]) -> list[Whiskers]:
+    rows: dict[str, dict[tuple[str, bool], tuple[float, tuple[float, float] | None]]] = {}
+    for name, view in views:
+        for metric, methods in view.figures.items():
+            for method, is_baseline, value, interval in methods:
+                who = (method if is_baseline else name, is_baseline)
+                rows.setdefault(metric, {}).setdefault(who, (value, interval))
+    return [
+        whiskers(
+            metric,
+            [(*who, *found) for who, found in sorted(methods.items(), key=lambda item: item[0][1])],
+        )
+        for metric, methods in rows.items()
+    ]
 
 
 def _plain(value: Any) -> str:
@@ -181,12 +219,15 @@ def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _caution(differences: Sequence[TableRow]) -> str:
+def _caution(runs: Sequence[Run], differences: Sequence[TableRow]) -> str:
     """Why losses may not be compared, if they may not."""
-    keys = [row.name for row in differences if row.name.startswith(SAME_TASK)]
-    if not keys:
+    reasons = [row.name for row in differences if row.name.startswith(SAME_TASK)]
+    reasons += ["what they learn"] if len({kind_of(run) for run in runs}) > 1 else []
+    cells = {(run.record.get("data") or {}).get("train_cells") for run in runs}
+    reasons += ["their training cells"] if len(cells) > 1 else []
+    if not reasons:
         return ""
     return (
-        f"These runs differ in {', '.join(keys)}: their losses may measure different things, or on different cells. "
+        f"These runs differ in {', '.join(reasons)}: their losses may measure different things, or on different cells. "
         "Compare them by a benchmark on the same cells."
     )

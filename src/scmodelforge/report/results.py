@@ -91,6 +91,8 @@ def read_results(path: str | Path) -> Results:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"'{path}' holds no benchmark results: {first['msg']}" + (f" (at {place})." if place else ".") + "\n"
+            f"'{path}' holds no benchmark results: {first['msg']}"
+            + (f" (at {place})." if place else ".")
+            + "\n"
             "Give the file that 'scmodelforge benchmark --output FILE' wrote."
         ) from error

@@ -100,7 +100,9 @@ class Run:
         try:
             return read_h5ad(path)
         except OSError as error:
-            raise DataError(f"Cannot read '{path}': {error}.\nDelete it to write the report without it.") from error
+            raise DataError(
+                f"Cannot read '{path}': {error}.\nDelete it to write the report without it."
+            ) from error
 
     @cached_property
     def benchmarks(self) -> list[tuple[Path, Results]]:
@@ -119,7 +121,9 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"The run folder '{folder}' does not exist, or is a file. Give the folder that a run wrote.")
+        raise UserError(
+            f"The run folder '{folder}' does not exist, or is a file. Give the folder that a run wrote."
+        )
     missing = [name for name in ("run.json", "config.yaml") if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -128,7 +132,10 @@ def read_run(folder: str | Path) -> Run:
         )
     try:
         config_text = (folder / "config.yaml").read_text(encoding="utf-8")
-        config, record = yaml.safe_load(config_text), json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        config, record = (
+            yaml.safe_load(config_text),
+            json.loads((folder / "run.json").read_text(encoding="utf-8")),
+        )
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"A file in the run folder '{folder}' is damaged: {error}") from error
     if not isinstance(config, dict) or not isinstance(record, dict):
@@ -148,5 +155,7 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
                     if value and name != "step":
                         columns.setdefault(name, []).append((step, float(value)))
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"'{path}' is damaged: a row without a step, or with text for a number.") from error
+                raise DataError(
+                    f"'{path}' is damaged: a row without a step, or with text for a number."
+                ) from error
     return {name: np.array(pairs) for name, pairs in columns.items()}

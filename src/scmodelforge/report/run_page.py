@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
 from scmodelforge.evaluation.shown_cells import write_cells
-from scmodelforge.report.benchmark_view import Headline, headlines, pretty, view_benchmarks
+from scmodelforge.report.benchmark_view import Headline, heading, headlines, pretty, view_benchmarks
 from scmodelforge.report.cells_view import CellsView, view_cells, with_layout
 from scmodelforge.report.charts import Curve, LineChart, line_chart, number, smoothed
 from scmodelforge.report.render import write_page
@@ -70,38 +72,59 @@ def kind_of(run: Run) -> str:
 def headline_figures(run: Run) -> list[Headline]:
     """The figures that a reader asks for first."""
     figures = []
+    step = best_step(run)
     for name, label in (
         ("val_macro_f1", "validation macro F1"),
         ("val_accuracy", "validation accuracy"),
         ("val_loss", "validation loss"),
         ("val_perplexity", "validation perplexity"),
     ):
-        if name not in run.metrics:
-            continue
-        values = run.metrics[name]
-        last, higher_is_better = float(values[-1, 1]), name in ("val_macro_f1", "val_accuracy")
-        best = values[:, 1].max() if higher_is_better else values[:, 1].min()
-        figures.append(Headline(label, number(last), f"at the end; best {number(float(best))}"))
+        if step is not None and name in run.metrics:
+            values = dict(run.metrics[name].tolist())
+            last = number(run.metrics[name][-1, 1])
+            if step in values:
+                figures.append(Headline(label, number(values[step]), f"best model; {last} at the end"))
     performance, data, model = (run.record.get(key) or {} for key in ("performance", "data", "model"))
     if "n_train" in data:
-        figures.append(Headline("training cells", number(data["n_train"]), f"{number(data['n_val'])} validate"))
+        figures.append(
+            Headline("training cells", number(data["n_train"]), f"{number(data['n_val'])} validate")
+        )
     if "n_parameters" in model:
-        figures.append(Headline("parameters", number(model["n_parameters"]), f"{number(model['n_genes'])} genes"))
+        figures.append(
+            Headline("parameters", number(model["n_parameters"]), f"{number(model['n_genes'])} genes")
+        )
     if "cells_per_second" in performance:
         rate, tokens = performance["cells_per_second"], performance["tokens_per_second"]
         figures.append(Headline("cells per second", number(rate), f"{number(tokens)} tokens per second"))
         wait, padding = performance["data_wait_share"], performance["padding_share"]
         figures.append(Headline("waiting for data", f"{100 * wait:.1f} %", f"padding {100 * padding:.1f} %"))
         memory = performance["peak_memory_gib"]
-        figures.append(Headline("peak memory", f"{memory:.2f} GiB", str(performance.get("peak_memory_of", ""))))
+        figures.append(
+            Headline("peak memory", f"{memory:.2f} GiB", str(performance.get("peak_memory_of", "")))
+        )
     if "mfu" in performance:
-        figures.append(Headline("model FLOPs utilization", f"{100 * performance['mfu']:.1f} %", performance["mfu_of"]))
+        figures.append(
+            Headline("model FLOPs utilization", f"{100 * performance['mfu']:.1f} %", performance["mfu_of"])
+        )
     return figures
+
+
+def best_step(run: Run) -> float | None:
+    """Step of the best model by what training watches: macro F1 of classes, else the loss."""
+    watched = "val_macro_f1" if "val_macro_f1" in run.metrics else "val_loss"
+    values = run.metrics.get(watched)
+    if values is None or not np.isfinite(values[:, 1]).any():
+        return None
+    place = np.nanargmax(values[:, 1]) if watched == "val_macro_f1" else np.nanargmin(values[:, 1])
+    return float(values[place, 0])
 
 
 def learning_charts(run: Run) -> list[LineChart]:
     """Losses, every validation figure, learning rate and gradient norm."""
-    train, validation = run.curve("train_loss", "training", "train"), run.curve("val_loss", "validation", "val")
+    train, validation = (
+        run.curve("train_loss", "training", "train"),
+        run.curve("val_loss", "validation", "val"),
+    )
     losses = []
     if train is not None:
         mean = smoothed(train.y)
@@ -114,7 +137,7 @@ def learning_charts(run: Run) -> list[LineChart]:
     for name in run.metrics:
         if name.startswith("val_") and name not in NO_CURVES:
             curve = run.curve(name, "validation", "val")
-            charts.append(line_chart(pretty(name.removeprefix("val_")).capitalize(), [curve]))
+            charts.append(line_chart(heading(name.removeprefix("val_")), [curve]))
     for name, title in (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm")):
         if name in run.metrics:
             charts.append(line_chart(title, [run.curve(name, title.lower(), "train")], from_zero=True))
@@ -177,7 +200,11 @@ def command_of(run: Run) -> dict[str, Any]:
     files = (run.record.get("data") or {}).get("files") or []
     words = "The run was started from Python, not by a command."
     if "AnnData" in files:
-        return {"command": None, "command_folder": None, "command_words": f"{words} Its cells were in memory."}
+        return {
+            "command": None,
+            "command_folder": None,
+            "command_words": f"{words} Its cells were in memory.",
+        }
     words += " Its config.yaml holds every setting, so a pretraining can be repeated from it."
     line = shlex.join(["scmodelforge", "train", "--config", str(run.folder / "config.yaml")])
     return {"command": None if run.labels else line, "command_folder": None, "command_words": words}
