@@ -41,4 +41,6 @@ class Page(HTMLParser):
             for key, value in attributes.items()
             if (key in LOADS and not (value or "").startswith(("#", "data:"))) or key.startswith("on")
         ]
-        return found + [name for name, _ in self.tags if name in ("img", "iframe", "object", "embed", "form", "base")]
+        return found + [
+            name for name, _ in self.tags if name in ("img", "iframe", "object", "embed", "form", "base")
+        ]

@@ -31,9 +31,7 @@ def test_a_curve_goes_down_the_page_as_values_fall_and_ticks_are_round() -> None
     x = np.arange(1.0, 11)
     chart = line_chart("Loss", [Curve("training", x, 11 - x, "train")], from_zero=True)
     assert chart is not None
-    points = np.array(
-        [[float(v) for v in point.split()] for point in chart.curves[0].path[1:].split("L")]
-    )
+    points = np.array([[float(v) for v in point.split()] for point in chart.curves[0].path[1:].split("L")])
     assert (np.diff(points[:, 0]) > 0).all()
     assert (np.diff(points[:, 1]) > 0).all(), "SVG counts downwards"
     assert [tick.text for tick in chart.y_ticks] == ["0", "2", "4", "6", "8", "10"]

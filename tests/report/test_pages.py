@@ -54,7 +54,9 @@ def test_a_report_shows_cells_and_predictions(tuned: Path) -> None:
     page, left = Page(tuned / "report.html"), read_h5ad(tuned / "validation_cells.h5ad")
     assert "Fine-tuning for cell_type" in page.text
     assert "All 60 validation cells." in page.text
-    titles = [a["aria-label"] or "" for name, a in page.tags if name == "svg" and a["aria-label"].startswith("UMAP")]
+    titles = [
+        a["aria-label"] or "" for name, a in page.tags if name == "svg" and a["aria-label"].startswith("UMAP")
+    ]
     assert [title.partition(":")[0].removeprefix("UMAP coloured by ") for title in titles] == [
         "Label",
         "Prediction",
@@ -95,7 +97,9 @@ def test_a_report_of_a_run_says_what_it_was(tmp_path: Path) -> None:
     ):
         assert words in page.text, words
     labels = [a.get("aria-label") for name, a in page.tags if name == "svg"]
-    assert any((label or "").startswith("Loss by optimizer step: training (running mean) from") for label in labels)
+    assert any(
+        (label or "").startswith("Loss by optimizer step: training (running mean) from") for label in labels
+    )
     assert any("Waiting and padding" in (label or "") for label in labels)
 
 
@@ -171,7 +175,10 @@ def test_a_benchmark_page(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_page_says_what_is_missing(tmp_path: Path) -> None:
-    bare = [{"benchmark": "linear_probe", "method": name, "metrics": {"macro_f1": 0.5}} for name in ("model", "pca")]
+    bare = [
+        {"benchmark": "linear_probe", "method": name, "metrics": {"macro_f1": 0.5}}
+        for name in ("model", "pca")
+    ]
     optional = ("notes", "seen_cells", "seed", "n_cells", "command", "versions", "data")
     path = write_benchmark_report(
         results_file(tmp_path / "bare.json", **dict.fromkeys(optional), results=bare)
@@ -208,7 +215,9 @@ def test_results_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'.*metrics.json' does not exist"):
         write_benchmark_report(path)
     path.write_text("{}")
-    with pytest.raises(DataError, match=r"holds no benchmark results: Field required \(at model\)(.|\n)*--output FILE"):
+    with pytest.raises(
+        DataError, match=r"holds no benchmark results: Field required \(at model\)(.|\n)*--output FILE"
+    ):
         write_benchmark_report(path)
     path.write_text("no json")
     with pytest.raises(DataError, match="holds no benchmark results: Invalid JSON"):
@@ -237,13 +246,16 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         "These runs differ in their training cells",
         "loss, validation, at the end 3.520 3.520",
         "training cells 80 70",
-        "The results are of different data, so they are no fair comparison: cells.h5ad, 200 cells; other.h5ad, 10 cells",
+        "they are no fair comparison: cells.h5ad, 200 cells; other.h5ad, 10 cells",
         "x/run: On the same cells the model's macro F1",
     ):
         assert words in page.text, words
     assert "training.betas" not in page.text
     charts = [a["aria-label"] for name, a in page.tags if name == "svg"]
-    assert any(label == "Validation loss by optimizer step: x/run from 3.080 to 3.520; y/run from 3.080 to 3.520" for label in charts)
+    assert any(
+        label == "Validation loss by optimizer step: x/run from 3.080 to 3.520; y/run from 3.080 to 3.520"
+        for label in charts
+    )
 
 
 def test_what_cannot_be_compared_or_reported(tmp_path: Path) -> None:
@@ -255,10 +267,12 @@ def test_what_cannot_be_compared_or_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run folder: it has no run.json and no config.yaml"):
         write_report(tmp_path)
     (run / "metrics.csv").write_text("step,val_loss\n1,low\n")
-    with pytest.raises(DataError, match=r"metrics.csv' is damaged: a row without a step, or with text for a number"):
+    with pytest.raises(
+        DataError, match=r"metrics.csv' is damaged: a row without a step, or with text for a number"
+    ):
         write_report(run)
     (run / "run.json").write_text("{")
-    with pytest.raises(UserError, match="A file in the run folder '.*' is damaged"):
+    with pytest.raises(UserError, match=r"A file in the run folder '.*' is damaged"):
         write_report(run)
     (run / "run.json").write_text("{}")
     (run / "metrics.csv").unlink()
@@ -275,5 +289,9 @@ def test_a_run_of_which_hardly_anything_is_left(tmp_path: Path) -> None:
         (run / name).unlink()
     (run / "run.json").write_text("{}")
     page = Page(write_report(run))
-    for words in ("metrics.csv holds no figures of training.", "The run kept no notes.", "left no gene_match.csv"):
+    for words in (
+        "metrics.csv holds no figures of training.",
+        "The run kept no notes.",
+        "left no gene_match.csv",
+    ):
         assert words in page.text

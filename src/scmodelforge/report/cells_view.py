@@ -12,7 +12,7 @@ import pandas as pd
 from scmodelforge.evaluation.shown_cells import FACTS
 from scmodelforge.inference import EMBEDDING_KEY
 from scmodelforge.report.charts import Scatter, colours_for, colours_of_values, number, scatter
-from scmodelforge.report.plots import MIN_CELLS_FOR_UMAP, umap_layout
+from scmodelforge.report.layout import MIN_CELLS_FOR_UMAP, umap_layout
 
 if TYPE_CHECKING:
     from anndata import AnnData

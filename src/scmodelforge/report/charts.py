@@ -243,7 +243,7 @@ def colours_for(n: int) -> list[str]:
     """`n` colours: ten of our own, else those of scanpy for 20, 28 and 102 classes, repeated beyond."""
     if n <= len(COLOURS):
         return list(COLOURS[:n])
-    from scmodelforge.report.plots import class_colours
+    from scmodelforge.report.layout import class_colours
 
     return class_colours(n)
 
