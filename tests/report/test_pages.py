@@ -161,7 +161,7 @@ def test_a_benchmark_page(tmp_path: Path) -> None:
         "Linear probe: macro F1 0.800 95 %: 0.750 to 0.850. pca 0.700, untrained 0.550",
         "the model's macro F1 is 0.100 higher than that of pca, the best baseline (95 % interval of the difference "
         "0.040 to 0.160; paired test, p < 0.001). The interval leaves out 0: this is more than chance.",
-        "n cells 200 split by donor",
+        "cells 200 split by donor",
         "B 30 0.900 0.800 0.847",
         "The model was trained on 50 of these cells (25.0 %)",
         "3 cells without a label are left out.",

@@ -44,6 +44,7 @@ def write_benchmark_report(
         CellsView("", [], None, NO_CELLS) if model is None or data is None else _cells(model, data, config)
     )
     command = shell_line(found.command)
+    made = "The command is not in these results." if found.command is None else "They were made from Python."
     return write_page(
         "benchmark.html",
         path.with_suffix(".html"),
@@ -57,7 +58,7 @@ def write_benchmark_report(
         cells=cells,
         provenance=_provenance(found),
         command=command,
-        command_words="" if command else "The command is not in these results: they were made from Python.",
+        command_words="" if command else made,
     )
 
 

@@ -155,7 +155,7 @@ def _view(group: list[MethodResult]) -> BenchmarkView:
         [pretty(name) for name in figures],
         [Row(row.method, row.is_rival, [_cell(row, name) for name in figures]) for row in group],
         [
-            (pretty(key), number(value) if isinstance(value, int | float) else str(value))
+            (pretty(key.removeprefix("n_")), number(value) if isinstance(value, int | float) else str(value))
             for key, value in facts.items()
         ],
         [in_words(test) for test in tested],
