@@ -71,16 +71,6 @@ def main() -> None:
     run("embed", "--model", best, "--data", str(CELLS), "--output", str(embedded))
     run("annotate", "--model", str(tuned / "model"), "--data", str(embedded), "--in-place")
 
-    from scmodelforge.report.plots import plot_loss, plot_umap
-
-    cells = anndata.read_h5ad(embedded)
-    plot_loss(FOLDER / "pretrained/metrics.csv", FOLDER / "loss.png")
-    plot_umap(
-        cells.obsm["X_scmodelforge"],
-        cells.obs["cell_type"],
-        FOLDER / "umap.png",
-        "Embedding before fine-tuning",
-    )
     probe = {
         row["method"]: row["metrics"]["macro_f1"]
         for row in json.loads(results.read_text())["results"]
@@ -91,14 +81,16 @@ def main() -> None:
         print(f"  {method:<10} {probe[method]:.3f}")
     print("PCA is the bar to clear; on 700 cells a transformer seldom does. Everything is in quickstart/:")
     for name, what in {
-        "loss.png": "loss of the pretraining",
-        "umap.png": "the cells in the model's space",
         "embedded.h5ad": "the cells with embedding (obsm) and predicted labels (obs)",
         "pretrained/": "the pretrained model: checkpoints, model folder, metrics.csv, gene_match.csv",
         "finetuned/": "the fine-tuned model",
         "benchmark.json": "the figures above and more",
+        "benchmark.html": "the same as a page: the model against its baselines, the cells in its space",
+        "finetuned/report.html": "how it learned the cell types, and where it errs",
+        "pretrained/report.html": "how it learned, how fast, and from what",
     }.items():
-        print(f"  {name:<15} {what}")
+        print(f"  {name:<23} {what}")
+    print(f"Open in a browser: {(FOLDER / 'pretrained/report.html').resolve().as_uri()}")
 
 
 if __name__ == "__main__":

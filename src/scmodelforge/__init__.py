@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.models.published import export_model as export_model
     from scmodelforge.models.published import import_model as import_model
     from scmodelforge.perturbation.run import perturb as perturb
+    from scmodelforge.report.benchmark_page import write_benchmark_report as write_benchmark_report
+    from scmodelforge.report.comparison import compare as compare
+    from scmodelforge.report.run_page import write_report as write_report
     from scmodelforge.training.run import train as train
 
 
@@ -43,6 +46,7 @@ _HOME = {
     "attention": "inference_genes",
     "benchmark": "evaluation.harness",
     "check": "data.check",
+    "compare": "report.comparison",
     "embed": "inference",
     "export_model": "models.published",
     "finetune": "finetuning.run",
@@ -56,6 +60,8 @@ _HOME = {
     "save_bundle": "models.bundle",
     "tokens": "inference",
     "train": "training.run",
+    "write_benchmark_report": "report.benchmark_page",
+    "write_report": "report.run_page",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -177,7 +177,31 @@ def benchmark(
 
     print_results(run(settings, model, _one(data), output))
     if output is not None:
+        from scmodelforge.report.benchmark_page import write_benchmark_report
+
         print(f"Results: {output}")
+        print(f"Report:  {write_benchmark_report(output, model, data[0], settings)}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of train or finetune.")],
+) -> None:
+    """Write report.html into a run folder (again): curves, cells, what was dropped, how to repeat it."""
+    from scmodelforge.report.run_page import write_report
+
+    print(f"Report: {write_report(run)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    output: Annotated[Path, typer.Option("--output", help="The page to write.")] = Path("comparison.html"),
+) -> None:
+    """Put runs side by side on one page: curves, differences of their configs, figures, benchmarks."""
+    from scmodelforge.report.comparison import compare as run
+
+    print(f"Comparison: {run(runs, output)}")
 
 
 @app.command()

@@ -46,6 +46,9 @@ def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> No
     print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
     print(f"Model folder:    {result.run_dir / 'model'}")
     print(f"Run folder:      {result.run_dir}")
+    from scmodelforge.report.run_page import write_report
+
+    print(f"Report:          {write_report(result.run_dir)}")
 
 
 def speed_line(figures: dict[str, Any]) -> str:

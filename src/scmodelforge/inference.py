@@ -31,7 +31,6 @@ from scmodelforge.inference_batches import (
 from scmodelforge.models.bundle import Labels, ModelBundle, load_model, with_model_of
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.tokenizers.base import build_tokenizer
-from scmodelforge.tokenizers.packed import PackedTokens
 
 log = logging.getLogger(__name__)
 
@@ -199,17 +198,24 @@ def outputs_of(
     device = device or default_device()
     precision = precision_for(precision, device)
     model, head = bundle.model.to(device).eval(), head.to(device).eval()
-
-    def compute(tokens: PackedTokens) -> torch.Tensor:
-        output = head(model.encode(tokens)).float()
-        if labels.task == "regression":
-            return output
-        probability, number = output.softmax(dim=1).max(dim=1)
-        return torch.stack([number.float(), probability], dim=1)
-
     return compute_cells(
-        bundle, store, rows, compute, batch_size=batch_size, device=device, precision=precision
+        bundle,
+        store,
+        rows,
+        lambda tokens: head_outputs(labels, head, model.encode(tokens)),
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
     )
+
+
+def head_outputs(labels: Labels, head: PredictionHead, embedding: torch.Tensor) -> torch.Tensor:
+    """What `labels_of` makes labels of, from embeddings (n_cells, hidden_dim)."""
+    output = head(embedding).float()
+    if labels.task == "regression":
+        return output
+    probability, number = output.softmax(dim=1).max(dim=1)
+    return torch.stack([number.float(), probability], dim=1)
 
 
 def labels_of(bundle: ModelBundle, outputs: np.ndarray, index: pd.Index) -> pd.DataFrame:

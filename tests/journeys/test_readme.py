@@ -158,6 +158,6 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert len(names) >= 6
     for name in names:
         assert (tmp_path / "quickstart" / name).exists(), name
-    for picture in ("loss.png", "umap.png"):
-        assert (tmp_path / "quickstart" / picture).read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "quickstart/pretrained/report.html").resolve()
+    assert answer.stdout.splitlines()[-1] == f"Open in a browser: {report.as_uri()}"
     assert torch.load(tmp_path / "quickstart/finetuned/checkpoints/best.ckpt", weights_only=True)

@@ -264,7 +264,7 @@ def _columns(obs: pd.DataFrame) -> dict[str, dict[str, int]]:
     return out
 
 
-def _first(columns: Sequence[str], words: Sequence[str]) -> str | None:
+def likely_column(columns: Sequence[str], words: Sequence[str]) -> str | None:
     """Return the first column that is one of the words, else the first that contains one."""
     exact = (c for word in words for c in columns if c.lower() == word)
     inside = (c for word in words for c in columns if word in c.lower())
@@ -275,13 +275,13 @@ def _suggest(matrix: Matrix, layer: str | None, columns: dict[str, dict[str, int
     vocabs = [predefined(f"{species}_protein_coding") for species in ("human", "mouse")]
     matches = [match_genes(matrix.var, vocab) for vocab in vocabs]
     best, known = max(zip(vocabs, matches, strict=True), key=lambda pair: pair[1].n_matched)
-    label = _first(list(columns), LABEL_WORDS)
+    label = likely_column(list(columns), LABEL_WORDS)
     others = [column for column in columns if column != label]
     return Suggestions(
         layer=layer,
         gene_vocab=best.name if known.n_matched >= 0.1 * known.n_columns else "from_data",
         label_key=label,
-        batch_key=_first(others, BATCH_WORDS),
-        group_key=_first(others, GROUP_WORDS),
+        batch_key=likely_column(others, BATCH_WORDS),
+        group_key=likely_column(others, GROUP_WORDS),
         model=SMALL_MODEL if matrix.n_cells < SMALL_DATA else {},
     )

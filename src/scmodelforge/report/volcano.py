@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from scmodelforge.files import atomic_path
-from scmodelforge.report.plots import GREY, INK, TRAIN_COLOUR, VALIDATION_COLOUR, _axes
+
+DPI = 150
+INK, GREY, DOWN, UP = "#333333", "#c8c8c8", "#4477aa", "#cc6633"
 
 SIGNIFICANT = 0.05
 SHOWN = 10  # rows in the summary
@@ -52,42 +54,51 @@ def plot_volcano(table: pd.DataFrame, output: Path, title: str, shift: str) -> N
     significant = table["fdr"].to_numpy() < SIGNIFICANT
     kinds = {
         "not significant": (~significant, GREY),
-        "shift below others": (significant & (table["effect"].to_numpy() < 0), TRAIN_COLOUR),
-        "shift above others": (significant & (table["effect"].to_numpy() >= 0), VALIDATION_COLOUR),
+        "shift below others": (significant & (table["effect"].to_numpy() < 0), DOWN),
+        "shift above others": (significant & (table["effect"].to_numpy() >= 0), UP),
     }
-    with _axes(output, width=6.4, height=5.0) as axes:
-        for label, (chosen, colour) in kinds.items():
-            if chosen.any():
-                axes.scatter(
-                    x[chosen],
-                    y[chosen],
-                    s=16,
-                    c=colour,
-                    linewidths=0,
-                    alpha=0.8,
-                    label=f"{label} ({chosen.sum():,})",
-                )
-        axes.axhline(-np.log10(SIGNIFICANT), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.margins(0.08)
-        axes.set_ylim(bottom=0)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel(shift)
-        axes.set_ylabel("−log₁₀ false discovery rate")
-        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-        scaled = np.stack([(x - left) / (right - left), (y - bottom) / (top - bottom)], axis=1)
-        strongest = np.lexsort([-np.abs(x), -y])
-        for place, side in _with_room(scaled, strongest[significant[strongest]]):
-            axes.annotate(
-                table["symbol"].iloc[place],
-                (x[place], y[place]),
-                xytext=(4 * side, 0),
-                textcoords="offset points",
-                ha="left" if side > 0 else "right",
-                va="center",
-                fontsize=7,
-                color=INK,
+    from matplotlib.figure import Figure  # and not pyplot: no display is needed, no global state touched
+
+    figure = Figure(figsize=(6.4, 5.0))
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    for label, (chosen, colour) in kinds.items():
+        if chosen.any():
+            axes.scatter(
+                x[chosen],
+                y[chosen],
+                s=16,
+                c=colour,
+                linewidths=0,
+                alpha=0.8,
+                label=f"{label} ({chosen.sum():,})",
             )
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.axhline(-np.log10(SIGNIFICANT), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.margins(0.08)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(shift)
+    axes.set_ylabel("−log₁₀ false discovery rate")
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    scaled = np.stack([(x - left) / (right - left), (y - bottom) / (top - bottom)], axis=1)
+    strongest = np.lexsort([-np.abs(x), -y])
+    for place, side in _with_room(scaled, strongest[significant[strongest]]):
+        axes.annotate(
+            table["symbol"].iloc[place],
+            (x[place], y[place]),
+            xytext=(4 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=7,
+            color=INK,
+        )
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    with atomic_path(output) as temporary:
+        figure.savefig(
+            temporary, format=output.suffix.lstrip("."), dpi=DPI, bbox_inches="tight", pad_inches=0.12
+        )
 
 
 def _with_room(points: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
 from scmodelforge.data.module import CellDataModule
 from scmodelforge.errors import ModelError
+from scmodelforge.evaluation.shown_cells import shown_cells, write_cells
 from scmodelforge.files import atomic_path
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
@@ -193,11 +194,12 @@ def fit(
         resumed_step=checkpoint["global_step"] if checkpoint else 0,
         ddp=ddp,
     )
+    about = {"data": prepared.facts, "model": _model_facts(bundle), "notes": notes}
     if trainer.is_global_zero:
         create_folders(folders, resumed=checkpoint is not None)
         with atomic_path(folders.run / "gene_match.csv") as temporary:
             prepared.store.gene_report().to_csv(temporary, index=False)
-        write_provenance(folders, bundle.config, {"data": prepared.facts, "notes": notes})
+        write_provenance(folders, bundle.config, about)
     interrupted = False
     try:
         trainer.fit(
@@ -214,7 +216,7 @@ def fit(
         metrics = _last_figures(trainer)
     performance = throughput_of(trainer).performance(trainer)
     if trainer.is_global_zero:
-        facts = {"data": prepared.facts, "notes": notes, "metrics": metrics, "interrupted": interrupted}
+        facts = about | {"metrics": metrics, "interrupted": interrupted}
         facts |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "best": _best(trainer)}
         record = write_provenance(folders, bundle.config, facts | {"performance": performance})
     if interrupted:
@@ -223,11 +225,21 @@ def fit(
     best = load_model(folders.best if folders.best.exists() else folders.last)
     if trainer.is_global_zero:
         save_bundle(best, folders.run / "model", run=record)
+        if has_validation:
+            device = trainer.strategy.root_device.type
+            cells = shown_cells(best, prepared.store, prepared.val_rows, "validation cells", device=device)
+            write_cells(cells, folders.run / "validation_cells.h5ad")
     return RunResult(folders.run, folders.checkpoints, best, metrics, performance=performance)
 
 
 def _wait_seconds(trainer: Trainer) -> float:
     return trainer.train_dataloader.wait_seconds  # type: ignore[union-attr]
+
+
+def _model_facts(bundle: ModelBundle) -> dict[str, Any]:
+    """What run.json says of the model beside its config."""
+    labels = bundle.describe()["labels"]
+    return {"n_parameters": bundle.n_parameters, "n_genes": bundle.vocab.n_genes, "labels": labels}
 
 
 def _best(trainer: Trainer) -> dict[str, Any] | None:

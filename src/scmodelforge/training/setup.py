@@ -169,7 +169,10 @@ def create_folders(folders: RunFolders, resumed: bool) -> None:
         left_over.unlink()
     if resumed:
         return
-    names = ("config.yaml", "run.json", "metrics.csv", "gene_match.csv", "model", "tensorboard", "wandb")
+    names = (
+        *("config.yaml", "run.json", "metrics.csv", "gene_match.csv", "validation_cells.h5ad", "report.html"),
+        *("model", "tensorboard", "wandb"),
+    )
     old = sorted(folders.checkpoints.glob("*.ckpt")) + [
         folders.run / name for name in names if (folders.run / name).exists()
     ]
@@ -317,6 +320,7 @@ def write_provenance(folders: RunFolders, config: Config, facts: dict[str, Any])
     record = {
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "folder": os.getcwd(),
         "git": _git_commit(),
         "versions": {"python": platform.python_version(), **versions},
         "hardware": {"platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpus": gpus},
