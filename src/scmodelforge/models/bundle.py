@@ -8,6 +8,7 @@ is ever unpickled: checkpoints are read with `weights_only=True`.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import zipfile
 from dataclasses import asdict, dataclass
@@ -23,12 +24,15 @@ from torch import nn
 from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.config_io import differences, load_config, to_yaml
+from scmodelforge.config_plugins import plugin_records, plugins_of, require_plugins
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.models.published import LOOKS, family_of
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "scmodelforge"
 FORMAT_VERSION = 1
@@ -78,6 +82,7 @@ class ModelBundle:
         return {
             "format_version": FORMAT_VERSION,
             "config": self.config.model_dump(mode="json"),
+            "plugins": plugin_records(self.config),
             "vocab": self.vocab.to_plain(),
             "labels": None
             if self.labels is None
@@ -156,12 +161,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def config_of(checkpoint: dict[str, Any], where: str) -> Config:
     """The config inside a checkpoint that `read_checkpoint` gave."""
+    plain = checkpoint[CHECKPOINT_KEY]
+    _need_plugins(plain.get("plugins", []), where)
     try:
-        return Config.model_validate(checkpoint[CHECKPOINT_KEY]["config"])
+        return Config.model_validate(plain["config"])
     except ValidationError as error:
         raise ModelError(
             f"The config inside '{where}' does not fit this version: {error.errors()[0]['msg']}"
         ) from error
+
+
+def _need_plugins(records: list[dict[str, str]], where: str) -> None:
+    for changed in require_plugins(records, where):
+        log.warning("%s", changed)
 
 
 def _merge_lora(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
@@ -250,10 +262,16 @@ def load_model(path: str | Path) -> ModelBundle:
             raise ModelError(f"'{path}' is not a model folder: it has no {name}.{hint}")
     try:
         with safe_open(path / "model.safetensors", framework="pt") as weights:
-            fingerprint = (weights.metadata() or {}).get("vocabulary")
+            facts = weights.metadata() or {}
+            fingerprint = facts.get("vocabulary")
             state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"'{path / 'model.safetensors'}' is damaged: {error}") from error
+    try:
+        plugins = json.loads(facts.get("plugins", "[]"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"'{path / 'model.safetensors'}' is damaged: its plugins cannot be read.") from error
+    _need_plugins(plugins, str(path))
     labels = None
     if (path / "labels.json").is_file():
         try:
@@ -328,8 +346,11 @@ def save_bundle(bundle: ModelBundle, folder: str | Path, notes: str = "") -> Pat
     state = {f"model.{name}": tensor.contiguous() for name, tensor in bundle.model.state_dict().items()}
     if bundle.head is not None:
         state |= {f"head.{name}": tensor.contiguous() for name, tensor in bundle.head.state_dict().items()}
+    facts = {"vocabulary": bundle.vocab.fingerprint}
+    if plugins := plugin_records(bundle.config):
+        facts["plugins"] = json.dumps(plugins)
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(state, temporary, metadata={"vocabulary": bundle.vocab.fingerprint})
+        save_file(state, temporary, metadata=facts)
     bundle.vocab.save(folder / "genes.parquet")
     if bundle.labels is not None:
         write_text(folder / "labels.json", json.dumps(bundle.describe()["labels"], indent=2) + "\n")
@@ -349,6 +370,7 @@ def _model_card(bundle: ModelBundle, notes: str) -> str:
         f"- Model: {config.model.num_layers} layers × {config.model.hidden_dim}, {config.model.num_heads} heads",
         f"- Pretraining task: {config.model.pretraining_task}",
         f"- Data: {data or 'in memory, or not named'}",
+        *(f"- Needs {plugin} ({key} {plugin.name})" for key, plugin in plugins_of(config).items()),
     ]
     if bundle.labels is not None:
         lines.append(f"- Predicts: {bundle.labels.key} ({bundle.labels.task})")
