@@ -373,7 +373,8 @@ def _brought_by(value: Any) -> str:
 
 
 BenchmarkSpec = Annotated[
-    Annotated[BuiltInSpec, Tag("(built-in)")] | Annotated[PluginSpec, Tag("(plugin)")], Discriminator(_brought_by)
+    Annotated[BuiltInSpec, Tag("(built-in)")] | Annotated[PluginSpec, Tag("(plugin)")],
+    Discriminator(_brought_by),
 ]
 
 

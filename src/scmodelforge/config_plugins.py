@@ -51,6 +51,9 @@ def plugin_params(registry: Registry, name: str | None, value: Any) -> Section |
             raise ValueError(
                 f"{name} has no {', '.join(map(str, unknown))}; it has {', '.join(kind.model_fields)}"
             )
+        required = [key for key, info in kind.model_fields.items() if info.is_required()]
+        if value is None and required:
+            raise ValueError(f"{name} needs {', '.join(required)}")
         return kind.model_validate(value)
     if name is not None and value not in (None, {}):
         raise ValueError(f"{name} has no params of its own; leave them out")
@@ -96,9 +99,6 @@ def plugin_records(config: Config) -> list[dict[str, str]]:
     ]
 
 
-FIELDS = ("name", "package", "version")
-
-
 def _word(text: str) -> str:
     """A name or version, which goes into a message with a command; anything else in its place is refused."""
     if not re.fullmatch(r"[\w.+!-]+", text):
@@ -121,12 +121,13 @@ def require_plugins(records: list[dict[str, str]], where: str) -> list[str]:
     PluginError
         Saying what to install. Nothing is installed or run from a model.
     """
-    try:
-        wanted = [(KINDS[record["key"]], *(_word(record[field]) for field in FIELDS)) for record in records]
-    except (LookupError, TypeError, ValueError) as error:
-        raise PluginError(f"What '{where}' says about its plugins cannot be read: {records!r}") from error
     changed = []
-    for registry, name, package, version in wanted:
+    for record in records:
+        try:
+            registry = KINDS[record["key"]]
+            name, package, version = (_word(record[field]) for field in ("name", "package", "version"))
+        except (LookupError, TypeError, ValueError) as error:
+            raise PluginError(f"What '{where}' says about its plugins cannot be read: {record!r}") from error
         if name not in registry.names:
             raise PluginError(
                 f"The model '{where}' needs the {registry.kind} '{name}' of the package '{package}' (version "

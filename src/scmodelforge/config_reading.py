@@ -184,7 +184,7 @@ class Reading:
                     wrong.add(
                         loc[: keep - 1] if detail["type"] == "missing" and keep == len(loc) else loc[:keep]
                     )
-                if () in wrong:
+                if () in wrong or wrong <= dropped:  # a default that is wrong stays so, left out or not
                     return None, dropped
                 for loc in wrong:
                     data = _with(data, loc, _GONE)

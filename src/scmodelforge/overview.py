@@ -16,7 +16,8 @@ WIDTH = 120
 
 def overview() -> str:
     """The table of strategies with the reasons against what does not fit, and the presets."""
-    return "\n".join([*_combinations(), "", *_presets(), "", *_plugins()])
+    plugins = list(_plugins())  # first: whoever takes a built-in name spoils the rest
+    return "\n".join([*_combinations(), "", *_presets(), "", *plugins])
 
 
 def _combinations() -> Iterable[str]:

@@ -6,6 +6,7 @@ colleague's would who gets the model folder.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -117,7 +118,7 @@ def test_a_model_of_a_plugin_learns(journey: dict[str, Any]) -> None:
 
 def _after(text: str, name: str) -> list[str]:
     words = text.split()
-    return [after for word, after in zip(words, words[1:], strict=False) if word == name]
+    return [after for word, after in itertools.pairwise(words) if word == name]
 
 
 def test_the_model_says_which_package_it_needs(journey: dict[str, Any]) -> None:

@@ -268,8 +268,8 @@ def load_model(path: str | Path) -> ModelBundle:
     except SafetensorError as error:
         raise ModelError(f"'{path / 'model.safetensors'}' is damaged: {error}") from error
     try:
-        plugins = json.loads(facts.get("plugins", "[]"))
-    except json.JSONDecodeError as error:
+        plugins = list(json.loads(facts.get("plugins", "[]")))
+    except (json.JSONDecodeError, TypeError) as error:
         raise ModelError(f"'{path / 'model.safetensors'}' is damaged: its plugins cannot be read.") from error
     _need_plugins(plugins, str(path))
     labels = None
