@@ -369,7 +369,7 @@ class PluginSpec(Section):
 
 def _brought_by(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return "(plugin)" if name in registry.plugins_in(registry.BENCHMARKS.group) else "(built-in)"
+    return "(plugin)" if name in list(registry.plugins_in(registry.BENCHMARKS.group)) else "(built-in)"
 
 
 BenchmarkSpec = Annotated[
