@@ -357,7 +357,7 @@ BuiltInSpec = Annotated[LinearProbeSpec | EmbeddingQualitySpec, Field(discrimina
 class PluginSpec(Section):
     """A benchmark from a plugin in a benchmark file."""
 
-    name: Annotated[str, AfterValidator(registry.BENCHMARKS.check)]
+    name: Annotated[str, AfterValidator(registry.BENCHMARKS.check)] = Field(description="Its name.")
     dataset: str = Field("test", description="Name of the data set in the results.")
     params: SerializeAsAny[Section] | None = Field(None, description="Keys that it has of its own.")
 

@@ -9,10 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +18,12 @@ import yaml
 from scmodelforge import load_model
 from scmodelforge.errors import PluginError
 from tests.helpers import marker_cells, tiny_config
-from tests.journeys.command import refused
+from tests.journeys.command import calls_with, refused
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = """
-import json, sys
-from tests.journeys.command import call
-print(json.dumps([vars(call(*arguments)) for arguments in json.loads(sys.argv[1])]))
-"""
-RECORD = {"package": "scmodelforge-example", "version": "0.1.0"}
-
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip installed the example package."""
-    folder = tmp_path_factory.mktemp("plugin")
-    source = shutil.copytree(ROOT / "examples/plugin", folder / "source")  # setuptools builds beside it
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    options = ["--no-deps", "--no-build-isolation", "--target", str(folder / "site")]
-    subprocess.run([*pip, *options, str(source)], check=True, capture_output=True, text=True)
-    return folder / "site"
-
-
-def answers(installed: Path, *commands: list[str]) -> list[dict[str, Any]]:
-    """What commands say in a process that sees the package: code, out and err of each."""
-    paths = [str(installed), str(ROOT / "src"), str(ROOT)]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="session")
-def journey(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def journey(example_plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The commands of the plugin's README on small cells, and what they left."""
     folder = tmp_path_factory.mktemp("journey")
     cells = folder / "cells.h5ad"
@@ -90,12 +54,12 @@ def journey(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ],
         "schema": ["config", "schema"],
     }
-    found = dict(zip(names, answers(installed, *names.values()), strict=True))
+    found = dict(zip(names, calls_with(example_plugin, *names.values()), strict=True))
     return found | {"folder": folder, "results": results}
 
 
 def test_strategies_lists_what_the_package_brings(journey: dict[str, Any]) -> None:
-    lines = [line.split() for line in journey["strategies"]["out"].splitlines()]
+    lines = [line.split() for line in journey["strategies"].out.splitlines()]
     for name in ("root_expression", "deep_sets", "robust_reconstruction", "neighbour_purity"):
         (line,) = [line for line in lines if line[:1] == [name]]
         assert line[-2:] == ["scmodelforge-example", "0.1.0"]
@@ -103,15 +67,15 @@ def test_strategies_lists_what_the_package_brings(journey: dict[str, Any]) -> No
 
 def test_a_model_of_a_plugin_learns(journey: dict[str, Any]) -> None:
     answer = journey["train"]
-    assert answer["code"] == 0, answer["err"]
+    assert answer.code == 0, answer.err
     assert (
         "tokenizer.strategy root_expression is a plugin (scmodelforge-example 0.1.0), in the place of "
-        "continuous_projection." in answer["err"]
+        "continuous_projection." in answer.err
     )
     assert (
-        "model.bias has no effect: model.architecture deep_sets does not read it." in answer["err"]
+        "model.bias has no effect: model.architecture deep_sets does not read it." in answer.err
     )  # `ignores`
-    losses = [float(word) for word in _after(answer["err"], "val_loss")]
+    losses = [float(word) for word in _after(answer.err, "val_loss")]
     assert len(losses) >= 2
     assert losses[-1] < losses[0]
 
@@ -147,43 +111,43 @@ def test_without_the_package_the_model_says_what_to_install(journey: dict[str, A
 
 
 def test_the_tokens_are_roots_of_normalized_counts(journey: dict[str, Any]) -> None:
-    header, _, first, _, _ = journey["tokens"]["out"].splitlines()
+    header, _, first, _, _ = journey["tokens"].out.splitlines()
     row = dict(zip(header.split()[-2:], map(float, first.split()[-2:]), strict=True))
     cell = marker_cells(120)[0]
     assert row["value"] == pytest.approx(math.sqrt(row["counts"] / cell.X.sum() * 10_000), rel=1e-3)
 
 
 def test_the_benchmark_scores_the_model_and_its_baselines(journey: dict[str, Any]) -> None:
-    assert journey["benchmark"]["code"] == 0, journey["benchmark"]["err"]
+    assert journey["benchmark"].code == 0, journey["benchmark"].err
     results = json.loads(Path(journey["results"]).read_text("utf-8"))["results"]
     purity = {row["method"]: row["metrics"]["purity"] for row in results}
     assert purity.keys() >= {"model", "untrained", "pca", "chance"}
     assert purity["pca"] > 0.8  # the types have markers that PCA finds
     assert 0.2 < purity["chance"] < 0.5 < purity["pca"]
     assert all(row["benchmark"] == "neighbour_purity" for row in results)
-    assert "neighbour_purity" in journey["benchmark"]["out"]
+    assert "neighbour_purity" in journey["benchmark"].out
 
 
 def test_wrong_params_are_mistakes_with_their_place(journey: dict[str, Any]) -> None:
     answer = journey["wrong"]
-    assert answer["code"] == 2
+    assert answer.code == 2
     for words in (
         "--set tokenizer.params.power: must be at most 1, not 7",
         "--set model.task_params: robust_reconstruction has no delt; it has delta",
         "--set eval.benchmarks.0.params.n_neighbours: must be a whole number, not 'many'",
     ):
-        assert words in answer["err"]
+        assert words in answer.err
 
 
 def test_a_plugin_refuses_what_it_does_not_fit(journey: dict[str, Any]) -> None:
-    assert journey["logarithm"]["code"] == journey["causal"]["code"] == 2
+    assert journey["logarithm"].code == journey["causal"].code == 2
     assert (
         "tokenizer.strategy root_expression (of scmodelforge-example 0.1.0): the root stands in the place of the "
-        "logarithm: set data.preprocessing.log1p: false" in journey["logarithm"]["err"]
+        "logarithm: set data.preprocessing.log1p: false" in journey["logarithm"].err
     )
-    assert "it is written for models that are like a transformer_encoder" in journey["causal"]["err"]
+    assert "it is written for models that are like a transformer_encoder" in journey["causal"].err
 
 
 def test_the_schema_knows_the_names(journey: dict[str, Any]) -> None:
-    schema = json.loads(journey["schema"]["out"])
+    schema = json.loads(journey["schema"].out)
     assert "root_expression" in schema["$defs"]["TokenizerConfig"]["properties"]["strategy"]["enum"]
