@@ -110,7 +110,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_the_tutorial_does_what_it_shows(page: str, workshop: Path, request: pytest.FixtureRequest) -> None:
     if page != "tokenizer":
         return check(page, shell)
-    (first, *lines) = [words for language, _, text in blocks(page) if language == "bash" for words in commands(text)]
+    (first, *lines) = [
+        words for language, _, text in blocks(page) if language == "bash" for words in commands(text)
+    ]
     assert first == ["pip", "install", "--no-deps", "./examples/plugin"]
     site = request.getfixturevalue("example_plugin")
     answers = iter(calls_with(site, *(arguments for _, *arguments in lines)))

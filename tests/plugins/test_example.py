@@ -22,6 +22,7 @@ from tests.journeys.command import calls_with, refused
 
 ROOT = Path(__file__).parents[2]
 
+
 @pytest.fixture(scope="session")
 def journey(example_plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The commands of the plugin's README on small cells, and what they left."""
