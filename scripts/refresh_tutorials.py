@@ -14,15 +14,17 @@ from pathlib import Path
 
 from tests.test_tutorials import ROOT, run, shell
 
-with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-    Path("examples").symlink_to(ROOT / "examples")
-    for page in sys.argv[1:]:
-        said = iter([output for _, output in run(page, shell)])
-        file = ROOT / f"docs/tutorials/{page}.md"
-        text = re.sub(
-            r"^```text\n.*?^```",
-            lambda _: "```text\n" + next(said).strip("\n") + "\n```",
-            file.read_text("utf-8"),
-            flags=re.MULTILINE | re.DOTALL,
-        )
-        file.write_text(text, "utf-8")
+
+def refreshed(page: str) -> str:
+    """The text of a tutorial with what its commands say now."""
+    said = iter([output for _, output in run(page, shell)])
+    text = (ROOT / f"docs/tutorials/{page}.md").read_text("utf-8")
+    block = re.compile(r"^```text\n.*?^```", re.MULTILINE | re.DOTALL)
+    return block.sub(lambda _: "```text\n" + next(said).strip("\n") + "\n```", text)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("examples").symlink_to(ROOT / "examples")
+        for page in sys.argv[1:]:
+            (ROOT / f"docs/tutorials/{page}.md").write_text(refreshed(page), "utf-8")

@@ -61,7 +61,7 @@ def test_commands_parse(page: str, line: str) -> None:
 
 def test_every_command_has_its_page_and_is_shown_there() -> None:
     names = {name: [name] for name in CLI.commands}  # type: ignore[attr-defined]
-    names["config-schema"] = names.pop("config") + ["schema"]
+    names["config-schema"] = [*names.pop("config"), "schema"]
     assert {page.stem for page in PAGES if page.parent.name == "commands"} == set(names)
     for page, words in names.items():
         lines = [
