@@ -1,6 +1,7 @@
 # make quickstart   set up .venv and train, evaluate and use a small model on real cells
 # make test         set up .venv and run every check and test
 # make lint         the checks alone: ruff, mypy, the order of the layers
+# make docs         build the documentation into site/, warnings are errors
 #
 # Needed: Python 3.11 or newer (with venv) and a connection to a package index. Options:
 #   PYTHON=/path/to/python   the interpreter to use instead of the newest one found
@@ -15,7 +16,7 @@ TORCH_INDEX ?=
 # twice quiet: errors only
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: help quickstart test lint
+.PHONY: help quickstart test lint docs
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +33,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
 
 # A candidate must really run: a name on the PATH may be a shim of a version manager without that version.
 $(BIN)/python:

@@ -33,6 +33,7 @@ def counts_from_log_normalized(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
 
 def write_cells() -> None:
     """Write scanpy's PBMCs with raw counts and labels."""
+    FOLDER.mkdir(exist_ok=True)
     source = scanpy.datasets.pbmc68k_reduced()
     cells = anndata.AnnData(
         counts_from_log_normalized(source.raw.X), source.obs[[]].copy(), source.raw.var.copy()
@@ -56,7 +57,6 @@ def run(*arguments: str) -> None:
 def main() -> None:
     """Run every step and say where everything is."""
     started = time.monotonic()
-    FOLDER.mkdir(exist_ok=True)
     write_cells()
     best = str(FOLDER / "pretrained/checkpoints/best.ckpt")
     run("train", "--config", CONFIG)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,3 +46,16 @@ def annotator(pretrained: RunResult, tmp_path_factory: pytest.TempPathFactory) -
 
     config = finetune_config(tmp_path_factory.mktemp("annotator"))
     return finetune(config, pretrained.checkpoint_dir / "best.ckpt", data=marker_cells())
+
+
+@pytest.fixture(scope="session")
+def example_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip installed examples/plugin; only processes that are given it see the package."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(
+        Path(__file__).parents[1] / "examples/plugin", folder / "source"
+    )  # built in place
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+    options = ["--no-deps", "--no-build-isolation", "--target", str(folder / "site")]
+    subprocess.run([*pip, *options, str(source)], check=True, capture_output=True)
+    return folder / "site"

@@ -6,6 +6,8 @@ import itertools
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +20,9 @@ from scmodelforge.config_io import load_config
 from scmodelforge.strategies import TABLE
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CLI = typer.main.get_command(app)
 
 
@@ -30,7 +32,7 @@ def commands() -> Iterator[tuple[str, str]]:
         for block in FENCE.findall(page.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 if re.match(r"(\$ )?scmodelforge [a-z]", line):
-                    yield page.name, line.removeprefix("$ ")
+                    yield str(page.relative_to(ROOT / "docs")), line.removeprefix("$ ")
 
 
 def keys(section: type[Section], prefix: str = "") -> Iterator[str]:
@@ -53,12 +55,21 @@ def test_commands_parse(page: str, line: str) -> None:
             name, *arguments = arguments
     command.make_context(name, arguments, parent=context)  # parses; runs nothing
     for override in [value for name, value in itertools.pairwise(arguments) if name == "--set"]:
-        assert override.partition("=")[0] in set(keys(Config)), f"{page}: no key {override!r}"
+        key = override.partition("=")[0].partition(".params.")[0]  # what is below is the plugin's
+        assert key in set(keys(Config)), f"{page}: no key {override!r}"
 
 
-def test_every_command_is_shown() -> None:
-    shown = {shlex.split(line, comments=True)[1] for page, line in commands() if page == "commands.md"}
-    assert shown == set(CLI.commands)  # type: ignore[attr-defined]
+def test_every_command_has_its_page_and_is_shown_there() -> None:
+    names = {name: [name] for name in CLI.commands}  # type: ignore[attr-defined]
+    names["config-schema"] = [*names.pop("config"), "schema"]
+    assert {page.stem for page in PAGES if page.parent.name == "commands"} == set(names)
+    for page, words in names.items():
+        lines = [
+            shlex.split(line, comments=True) for where, line in commands() if where == f"commands/{page}.md"
+        ]
+        assert any(line[1 : 1 + len(words)] == words for line in lines), (
+            f"docs/commands/{page}.md does not show it"
+        )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -66,7 +77,7 @@ def test_configs_load(path: Path) -> None:
     assert load_config(path).model_fields_set
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_keys_in_the_text_exist(page: Path) -> None:
     known = set(keys(Config))
     sections = "|".join(Config.model_fields)
@@ -76,7 +87,9 @@ def test_keys_in_the_text_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_yaml_in_the_text_loads(page: Path, tmp_path: Path) -> None:
-    for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)):
+    for number, text in enumerate(
+        re.findall(r"^```yaml[^\n]*\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    ):
         example = tmp_path / f"{number}.yaml"
         example.write_text(text, encoding="utf-8")
         load_config(example)
@@ -111,3 +124,11 @@ def test_the_table_of_what_fits_together_is_that_of_the_code() -> None:
         }
         for tokenizer, architecture, _ in TABLE
     }
+
+
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    """Links, anchors, the navigation and included files are checked by mkdocs, whose warnings are errors."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "tutorials/pretrain/index.html").is_file()

@@ -9,12 +9,23 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from scmodelforge import registry
 from scmodelforge.config_census import CensusConfig
 from scmodelforge.config_misfit import misfit
 from scmodelforge.config_model import ModelConfig
+from scmodelforge.config_plugins import plugin_misfit, plugin_params
 from scmodelforge.config_presets import PRESETS
 from scmodelforge.config_section import Section
 from scmodelforge.config_training import TrainingConfig
@@ -216,6 +227,9 @@ class TokenizerConfig(Section):
         "genes with the bin of their value within the cell (scGPT); continuous_projection: genes with their "
         "counts or log-normalized values (TranscriptFormer).",
     )
+    params: SerializeAsAny[Section] | None = Field(
+        None, description="Keys that a strategy from a plugin has of its own."
+    )
     max_genes: int = Field(2048, ge=4, description="Longest input in tokens, CLS and EOS included.")
     prepend_cls: bool = Field(True, description="Begin each cell with <cls>.")
     append_eos: bool = Field(False, description="End each cell with <eos>.")
@@ -268,6 +282,16 @@ class TokenizerConfig(Section):
         "training did not see is 'unknown'.",
     )
     masking: Masking = Field(default_factory=Masking)
+
+    @field_validator("params", mode="plain")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section | None:
+        return plugin_params(registry.TOKENIZERS, info.data.get("strategy"), value)
+
+    @property
+    def strategy_like(self) -> str:
+        """The built-in strategy that `strategy` is, or stands in for if it is a plugin's."""
+        return registry.TOKENIZERS.like(self.strategy)
 
     @model_validator(mode="after")
     def _specials(self) -> TokenizerConfig:
@@ -327,7 +351,31 @@ class EmbeddingQualitySpec(Section):
     params: EmbeddingQualityParams = Field(default_factory=EmbeddingQualityParams)
 
 
-BenchmarkSpec = Annotated[LinearProbeSpec | EmbeddingQualitySpec, Field(discriminator="name")]
+BuiltInSpec = Annotated[LinearProbeSpec | EmbeddingQualitySpec, Field(discriminator="name")]
+
+
+class PluginSpec(Section):
+    """A benchmark from a plugin in a benchmark file."""
+
+    name: Annotated[str, AfterValidator(registry.BENCHMARKS.check)] = Field(description="Its name.")
+    dataset: str = Field("test", description="Name of the data set in the results.")
+    params: SerializeAsAny[Section] | None = Field(None, description="Keys that it has of its own.")
+
+    @field_validator("params", mode="plain")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section | None:
+        return plugin_params(registry.BENCHMARKS, info.data.get("name"), value)
+
+
+def _brought_by(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return "(plugin)" if name in list(registry.plugins_in(registry.BENCHMARKS.group)) else "(built-in)"
+
+
+BenchmarkSpec = Annotated[
+    Annotated[BuiltInSpec, Tag("(built-in)")] | Annotated[PluginSpec, Tag("(plugin)")],
+    Discriminator(_brought_by),
+]
 
 
 def _only_linear_probe() -> list[BenchmarkSpec]:
@@ -432,7 +480,7 @@ class Config(Section):
                 + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(PRESETS)}")
             )
         require_allowed(tokenizer.strategy, model.architecture, model.pretraining_task)
-        if problem := misfit(self):
+        if problem := misfit(self) or plugin_misfit(self):
             raise ValueError(problem)
         return self
 
@@ -441,33 +489,33 @@ class Config(Section):
         """`model.value_embedding` with its default filled in."""
         if self.model.value_embedding is not None:
             return self.model.value_embedding
-        if self.tokenizer.strategy == "rank_value" or self.model.count_bias:
+        if self.tokenizer.strategy_like == "rank_value" or self.model.count_bias:
             return "none"
-        return "soft_bins" if self.model.architecture == "masked_autoencoder" else "continuous"
+        return "soft_bins" if self.model.architecture_like == "masked_autoencoder" else "continuous"
 
     @property
     def embedding_norm(self) -> bool:
         """`model.embedding_norm` with its default filled in."""
         given = self.model.embedding_norm
-        return self.model.architecture != "masked_autoencoder" if given is None else given
+        return self.model.architecture_like != "masked_autoencoder" if given is None else given
 
     @property
     def value_loss(self) -> str:
         """`model.objective.value_loss` with its default filled in."""
         if self.model.objective.value_loss is not None:
             return self.model.objective.value_loss
-        if self.model.pretraining_task != "dual_prediction":
+        if self.model.task_like != "dual_prediction":
             return "mse"
-        if self.tokenizer.strategy == "binned_expression":
+        if self.tokenizer.strategy_like == "binned_expression":
             return "cross_entropy"
-        causal = self.model.architecture == "autoregressive_transformer"
+        causal = self.model.architecture_like == "autoregressive_transformer"
         return "zero_truncated_poisson" if causal and self.carries_counts else "mse"
 
     @property
     def carries_counts(self) -> bool:
         """Whether the values beside the genes are counts as measured."""
         preprocessing = self.data.preprocessing
-        continuous = self.tokenizer.strategy == "continuous_projection"
+        continuous = self.tokenizer.strategy_like == "continuous_projection"
         return continuous and preprocessing.normalize == "none" and not preprocessing.log1p
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scmodelforge.config import Config, Section
+from scmodelforge.config_plugins import plugin_idle, plugin_notes
 from scmodelforge.config_presets import PRESETS
 from scmodelforge.config_reading import plain_value
 
@@ -65,6 +66,8 @@ def say_idle_keys(config: Config) -> None:
         kinds = ("tokenizer.strategy", "model.architecture", "model.pretraining_task")
         level = logging.WARNING if any(line.startswith(kinds) for line in changed) else logging.INFO
         log.log(level, "Not as in the preset %s: %s.", config.model.preset, ", ".join(changed))
+    for note in plugin_notes(config):
+        log.info("%s", note)
     idle = idle_keys(config)
     for key in idle:
         if key.changed:
@@ -112,6 +115,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_tokenizer(config)
     yield from _of_model(config)
     yield from _of_objective(config)
+    yield from plugin_idle(config)
     training = config.training
     if training.tokens_per_batch is not None:
         yield "training.batch_size", "training.tokens_per_batch says what a batch holds"
@@ -123,7 +127,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
 
 def _of_data(config: Config) -> Iterator[tuple[str, str]]:
     data = config.data
-    if config.tokenizer.strategy == "rank_value":
+    if config.tokenizer.strategy_like == "rank_value":
         yield "data.preprocessing.log1p", "rank_value takes the ranks before the logarithm"
     if data.preprocessing.normalize == "none":
         yield "data.preprocessing.target_sum", "data.preprocessing.normalize is none"
@@ -139,8 +143,8 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_tokenizer(config: Config) -> Iterator[tuple[str, str]]:
-    tokenizer, architecture = config.tokenizer, config.model.architecture
-    strategy = tokenizer.strategy
+    tokenizer, architecture = config.tokenizer, config.model.architecture_like
+    strategy = tokenizer.strategy_like
     of_ranks, of_others = ("gene_medians",), ("gene_order", "overlong", "include_zero_genes", "cls_value")
     for keys, needed in (
         (of_ranks, ("rank_value",)),
@@ -159,7 +163,7 @@ def _of_tokenizer(config: Config) -> Iterator[tuple[str, str]]:
             yield f"tokenizer.masking.{key}", why or f"{architecture} masks nothing"
     if architecture == "autoregressive_transformer":
         why = f"{architecture} masks nothing"
-        if config.model.pretraining_task == "expression_reconstruction":
+        if config.model.task_like == "expression_reconstruction":
             why = "model.objective.generated_share says how many values are asked"
         yield "tokenizer.masking.mask_ratio", why
 
@@ -168,22 +172,22 @@ def _of_model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
     if config.value_embedding != "soft_bins":
         yield "model.soft_bins", f"value_embedding is {config.value_embedding}"
-    if config.tokenizer.strategy == "rank_value":
+    if config.tokenizer.strategy_like == "rank_value":
         yield "model.embedding_norm", "with rank_value there is always one"
     if model.gene_embeddings is None and model.gene_embedding_dim is None:
         yield "model.train_gene_embeddings", "the gene embeddings are learned already"
-    if model.pretraining_task == "expression_reconstruction":
+    if model.task_like == "expression_reconstruction":
         for key in ("gene_head", "gene_head_dim"):
             yield f"model.{key}", "expression_reconstruction names no genes"
     elif model.gene_head == "tied":
         yield "model.gene_head_dim", "model.gene_head is tied"
-    if model.architecture != "masked_autoencoder":
+    if model.architecture_like != "masked_autoencoder":
         for key in ("hidden_dim", "num_layers", "num_heads"):
             yield f"model.decoder.{key}", f"{model.architecture} has no decoder"
 
 
 def _of_objective(config: Config) -> Iterator[tuple[str, str]]:
-    architecture, task = config.model.architecture, config.model.pretraining_task
+    architecture, task = config.model.architecture_like, config.model.task_like
     objective, causal = config.model.objective, architecture == "autoregressive_transformer"
     if task == "expression_reconstruction":
         yield "model.objective.gene_weight", f"{task} names no genes"

@@ -146,7 +146,7 @@ def config_schema() -> dict[str, Any]:
         ("ModelConfig", "architecture", registry.ARCHITECTURES),
         ("ModelConfig", "pretraining_task", registry.TASKS),
     ):
-        schema["$defs"][section]["properties"][key]["enum"] = sorted(names.entries)
+        schema["$defs"][section]["properties"][key]["enum"] = names.names
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

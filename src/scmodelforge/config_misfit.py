@@ -65,8 +65,8 @@ def _census(config: Config) -> list[tuple[bool, str]]:
 def _values(config: Config) -> list[tuple[bool, str]]:
     model, tokenizer = config.model, config.tokenizer
     embedding, loss = config.value_embedding, config.value_loss
-    ranks, bins = tokenizer.strategy == "rank_value", tokenizer.strategy == "binned_expression"
-    causal = model.architecture == "autoregressive_transformer"
+    ranks, bins = tokenizer.strategy_like == "rank_value", tokenizer.strategy_like == "binned_expression"
+    causal = model.architecture_like == "autoregressive_transformer"
     counts = causal and config.carries_counts
     return [
         (
@@ -84,13 +84,13 @@ def _values(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             tokenizer.masking.reference
-            and model.architecture == "transformer_encoder"
-            and model.pretraining_task != "masked_gene_prediction",
+            and model.architecture_like == "transformer_encoder"
+            and model.task_like != "masked_gene_prediction",
             "tokenizer.masking.reference asks special tokens too, which have no value to tell: set it to false, or "
             "model.pretraining_task: masked_gene_prediction",
         ),
         (
-            embedding == "none" and model.pretraining_task == "expression_reconstruction",
+            embedding == "none" and model.task_like == "expression_reconstruction",
             "model.value_embedding none: expression_reconstruction tells hidden values from visible ones, so they "
             "must enter the model",
         ),
@@ -99,7 +99,7 @@ def _values(config: Config) -> list[tuple[bool, str]]:
             "model.objective.value_loss cross_entropy needs bins: tokenizer.strategy binned_expression",
         ),
         (
-            loss == "zero_truncated_poisson" and not (counts and model.pretraining_task == "dual_prediction"),
+            loss == "zero_truncated_poisson" and not (counts and model.task_like == "dual_prediction"),
             "model.objective.value_loss zero_truncated_poisson needs counts and a causal model: tokenizer.strategy "
             "continuous_projection, data.preprocessing normalize: none and log1p: false, model.architecture "
             "autoregressive_transformer and pretraining_task dual_prediction",
@@ -110,7 +110,7 @@ def _values(config: Config) -> list[tuple[bool, str]]:
             "tokenizer.include_zero_genes: false",
         ),
         (
-            model.count_bias and not (counts and model.pretraining_task != "expression_reconstruction"),
+            model.count_bias and not (counts and model.task_like != "expression_reconstruction"),
             "model.count_bias needs an autoregressive_transformer on counts: tokenizer.strategy continuous_projection, "
             "data.preprocessing normalize: none and log1p: false, and pretraining_task next_gene or dual_prediction",
         ),
@@ -132,7 +132,7 @@ def _is_bin(value: float, n_bins: int) -> bool:
 
 def _causal(config: Config) -> list[tuple[bool, str]]:
     model, tokenizer, objective = config.model, config.tokenizer, config.model.objective
-    if model.architecture != "autoregressive_transformer":
+    if model.architecture_like != "autoregressive_transformer":
         return []
     rules = [
         (
@@ -140,7 +140,7 @@ def _causal(config: Config) -> list[tuple[bool, str]]:
             "tokenizer.prepend_cls must be true for an autoregressive model, which starts from <cls>",
         )
     ]
-    if model.pretraining_task == "expression_reconstruction":
+    if model.task_like == "expression_reconstruction":
         return rules
     return [
         *rules,
@@ -164,7 +164,7 @@ def _causal(config: Config) -> list[tuple[bool, str]]:
 
 def _autoencoder(config: Config) -> list[tuple[bool, str]]:
     objective, embedding = config.model.objective, config.value_embedding
-    if config.model.architecture != "masked_autoencoder":
+    if config.model.architecture_like != "masked_autoencoder":
         return []
     return [
         (
@@ -188,8 +188,8 @@ def _autoencoder(config: Config) -> list[tuple[bool, str]]:
 
 def _objective(config: Config) -> list[tuple[bool, str]]:
     model, objective = config.model, config.model.objective
-    names_genes = model.pretraining_task != "expression_reconstruction"
-    tells_values = model.pretraining_task not in ("masked_gene_prediction", "next_gene")
+    names_genes = model.task_like != "expression_reconstruction"
+    tells_values = model.task_like not in ("masked_gene_prediction", "next_gene")
     main = ["gene_weight"] * names_genes + ["value_weight"] * tells_values
     weights = [getattr(objective, key) for key in (*main, "cell_weight", "ecs_weight", "batch_weight")]
     return [
@@ -202,7 +202,7 @@ def _objective(config: Config) -> list[tuple[bool, str]]:
             "model.objective.batch_labels: this model has no expression head that could be told the batch",
         ),
         (
-            objective.zero_probability and model.pretraining_task != "expression_reconstruction",
+            objective.zero_probability and model.task_like != "expression_reconstruction",
             "model.objective.zero_probability belongs to pretraining_task expression_reconstruction",
         ),
         (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from scmodelforge import registry
+from scmodelforge.config_plugins import plugin_params
 from scmodelforge.config_section import Section
 
 
@@ -99,6 +100,9 @@ class ModelConfig(Section):
         description="transformer_encoder: bidirectional (BERT, scGPT); autoregressive_transformer: causal (GPT, "
         "TranscriptFormer); masked_autoencoder: encoder of the visible genes and light decoder (scFoundation).",
     )
+    params: SerializeAsAny[Section] | None = Field(
+        None, description="Keys that an architecture from a plugin has of its own."
+    )
     hidden_dim: int = Field(512, ge=1, description="Width of the hidden states.")
     num_layers: int = Field(12, ge=1, description="Number of transformer blocks.")
     num_heads: int = Field(8, ge=1, description="Attention heads; must divide hidden_dim.")
@@ -177,7 +181,30 @@ class ModelConfig(Section):
         description="masked_gene_prediction: name the hidden genes; expression_reconstruction: tell the hidden values; "
         "dual_prediction: both; next_gene: name the gene that comes next (autoregressive).",
     )
+    task_params: SerializeAsAny[Section] | None = Field(
+        None, description="Keys that a pretraining task from a plugin has of its own."
+    )
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+
+    @field_validator("params", mode="plain")
+    @classmethod
+    def _params(cls, value: Any, info: ValidationInfo) -> Section | None:
+        return plugin_params(registry.ARCHITECTURES, info.data.get("architecture"), value)
+
+    @field_validator("task_params", mode="plain")
+    @classmethod
+    def _task_params(cls, value: Any, info: ValidationInfo) -> Section | None:
+        return plugin_params(registry.TASKS, info.data.get("pretraining_task"), value)
+
+    @property
+    def architecture_like(self) -> str:
+        """The built-in architecture that `architecture` is, or stands in for if it is a plugin's."""
+        return registry.ARCHITECTURES.like(self.architecture)
+
+    @property
+    def task_like(self) -> str:
+        """The built-in task that `pretraining_task` is, or stands in for if it is a plugin's."""
+        return registry.TASKS.like(self.pretraining_task)
 
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:

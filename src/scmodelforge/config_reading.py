@@ -184,7 +184,7 @@ class Reading:
                     wrong.add(
                         loc[: keep - 1] if detail["type"] == "missing" and keep == len(loc) else loc[:keep]
                     )
-                if () in wrong:
+                if () in wrong or wrong <= dropped:  # a default that is wrong stays so, left out or not
                     return None, dropped
                 for loc in wrong:
                     data = _with(data, loc, _GONE)
@@ -340,6 +340,7 @@ def _is_zarr(folder: str) -> bool:
 
 def _without_tags(loc: Loc, data: Any) -> Loc:
     """Take out of pydantic's location the names of union members, which are no keys of the file."""
+    loc = tuple(part for part in loc if part not in ("(built-in)", "(plugin)"))  # of benchmarks
     real: list[str | int] = []
     for position, part in enumerate(loc):
         if isinstance(data, dict) and part not in data:

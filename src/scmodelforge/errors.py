@@ -25,6 +25,10 @@ class ModelError(UserError):
     """A checkpoint or model folder cannot be used, or does not fit what was asked."""
 
 
+class PluginError(UserError):
+    """A package that adds to scModelForge is missing, cannot be imported, or does not say what it must."""
+
+
 class MissingExtraError(UserError):
     """An optional package is needed and not installed."""
 

@@ -339,7 +339,7 @@ def tokens(
         vocab = resolve_vocab(config.data.gene_vocab, [matrix.var], config.data.gene_column, species)
         vocab = vocab.with_special_tokens(VOCAB_LAYOUTS[config.tokenizer.vocab_layout])
         medians = config.tokenizer.gene_medians
-        if config.tokenizer.strategy != "rank_value" or medians == "none":
+        if config.tokenizer.strategy_like != "rank_value" or medians == "none":
             vocab = vocab.with_medians(None)
         elif medians == "from_data":
             log.warning(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.config_presets import PRESETS, Preset
+from scmodelforge.errors import PluginError
 from scmodelforge.strategies import ARCHITECTURES, TABLE, TASKS, TOKENIZERS
 
 WIDTH = 120
@@ -14,7 +16,8 @@ WIDTH = 120
 
 def overview() -> str:
     """The table of strategies with the reasons against what does not fit, and the presets."""
-    return "\n".join([*_combinations(), "", *_presets()])
+    plugins = list(_plugins())  # first: whoever takes a built-in name spoils the rest
+    return "\n".join([*_combinations(), "", *_presets(), "", *plugins])
 
 
 def _combinations() -> Iterable[str]:
@@ -40,6 +43,21 @@ def _combinations() -> Iterable[str]:
     yield ""
     for number, reason in enumerate(reasons, 1):
         yield from textwrap.wrap(f"({number}) {reason}", WIDTH, subsequent_indent="    ")
+
+
+def _plugins() -> Iterable[str]:
+    """What installed packages bring, without importing it; a name that is there twice is an error."""
+    rows = []
+    for kind in (registry.TOKENIZERS, registry.ARCHITECTURES, registry.TASKS, registry.BENCHMARKS):
+        for name, plugins in registry.plugins_in(kind.group).items():
+            try:
+                kind.check(name)
+            except ValueError as error:
+                raise PluginError(str(error)) from error
+            rows.append([f"  {name}", kind.kind, *map(str, plugins)])
+    yield "Plugins (entry points of installed packages)" + (":" if rows else ": none.")
+    if rows:
+        yield from _aligned(rows)
 
 
 def _folded(name: str) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
+from scmodelforge import registry
+
 TOKENIZERS = ("rank_value", "binned_expression", "continuous_projection")
 ARCHITECTURES = ("transformer_encoder", "autoregressive_transformer", "masked_autoencoder")
 TASKS = ("masked_gene_prediction", "expression_reconstruction", "dual_prediction", "next_gene")
@@ -68,11 +70,16 @@ def nearest(tokenizer: str, architecture: str, task: str) -> Combination:
 
 
 def require_allowed(tokenizer: str, architecture: str, task: str) -> None:
-    """Raise `ValueError` with the reason and the nearest combination that works, if the three do not fit."""
-    row = TABLE.get((tokenizer, architecture, task))
-    if row is None or row.allowed:
+    """Raise `ValueError` with the reason and the nearest combination that works, if the three do not fit.
+
+    A plugin's name stands for the built-in that it is like.
+    """
+    kinds = (registry.TOKENIZERS, registry.ARCHITECTURES, registry.TASKS)
+    names = [kind.like(name) for kind, name in zip(kinds, (tokenizer, architecture, task), strict=True)]
+    row = TABLE[names[0], names[1], names[2]]
+    if row.allowed:
         return
-    near = nearest(tokenizer, architecture, task)
+    near = nearest(*names)
     raise ValueError(
         f"tokenizer.strategy {tokenizer}, model.architecture {architecture} and model.pretraining_task {task} do "
         f"not fit together: {row.refusal}. Nearest that works: strategy {near.tokenizer}, architecture "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import os
+import subprocess
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -44,6 +47,28 @@ def call(*arguments: object) -> Answer:
         ours.handlers, ours.propagate = handlers, propagate
         ours.setLevel(level)
     return Answer(code, out.getvalue(), err.getvalue())
+
+
+CALLS = """
+import json, sys
+from tests.journeys.command import call
+print(json.dumps([vars(call(*arguments)) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+def calls_with(site: Path, *commands: list[str]) -> list[Answer]:
+    """Run `scmodelforge ARGUMENTS` for each of `commands`, in one process that also sees the packages in `site`."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (site, root / "src", root)))
+    finished = subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(commands)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return [Answer(**answer) for answer in json.loads(finished.stdout.splitlines()[-1])]
 
 
 def done(*arguments: object) -> Answer:

@@ -99,7 +99,7 @@ class CheckReport:
         if tokenizer is not None:
             special = tokenizer.prepend_cls + tokenizer.append_eos
             longest = tokenizer.max_genes
-            if tokenizer.include_zero_genes and tokenizer.strategy != "rank_value":
+            if tokenizer.include_zero_genes and tokenizer.strategy_like != "rank_value":
                 n = min(self.n_measured + special, longest)
                 out += [f"  tokens per cell, at most {longest:,}: {n:,}, with the genes without a count"]
             else:

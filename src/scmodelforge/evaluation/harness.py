@@ -14,10 +14,11 @@ from anndata import AnnData
 from scipy import sparse
 
 from scmodelforge import registry
-from scmodelforge.config import Config, EmbeddingQualitySpec
+from scmodelforge.config import Config, EmbeddingQualitySpec, PluginSpec
 from scmodelforge.data.sources import open_matrix
 from scmodelforge.errors import require_extra
 from scmodelforge.evaluation.baselines import pca_embedding
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method
 from scmodelforge.evaluation.embedding_quality import quality_cells
 from scmodelforge.evaluation.linear_probe import probe_cells
 from scmodelforge.files import ensure_target, write_text
@@ -83,8 +84,11 @@ def benchmark(
     with_model_of(config, bundle, str(model) if not isinstance(model, ModelBundle) else "memory")
     store = open_for(bundle, data, config.data)
     where = str(store.files[0])
+    cells = EvaluationCells(store, data, config.data.layer, where)
     for spec in config.eval.benchmarks:  # labels are cheap to check, embedding all cells is not
-        if isinstance(spec, EmbeddingQualitySpec):
+        if isinstance(spec, PluginSpec):
+            registry.BENCHMARKS.load(spec.name).check(cells, spec.params, config.eval.seed)
+        elif isinstance(spec, EmbeddingQualitySpec):
             quality_cells(store.obs, spec.params, config.eval.seed, where)
         else:
             probe_cells(store.obs, spec.params, config.eval.seed, where)
@@ -104,6 +108,11 @@ def benchmark(
     results = []
     for spec in config.eval.benchmarks:
         run = registry.BENCHMARKS.load(spec.name)
+        if isinstance(spec, PluginSpec):
+            methods = [Method(name, name != "model", embedding) for name, embedding in embeddings.items()]
+            for method, scores in run.run(methods, cells, spec.params, config.eval.seed).items():
+                results.append(BenchmarkResult(spec.name, spec.dataset, method, dict(scores.metrics)))
+            continue
         for method, embedding in embeddings.items():
             log.info("%s of %s on %s", spec.name, method, spec.dataset)
             metrics = run(embedding, store.obs, spec.params, config.eval.seed, where)

@@ -21,7 +21,7 @@ from scmodelforge.tokenizers.packed import PackedTokens, unpack
 
 def autoregressive_transformer(config: Config, vocab: GeneVocab) -> CellTransformer:
     """The causal model of a pretraining task: next genes, or values written gene by gene (scGPT)."""
-    if config.model.pretraining_task == "expression_reconstruction":
+    if config.model.task_like == "expression_reconstruction":
         from scmodelforge.models.generative import GenerativeTransformer
 
         return GenerativeTransformer(config, vocab)
@@ -47,7 +47,7 @@ class AutoregressiveTransformer(CellTransformer):
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         super().__init__(config, vocab)
-        dual = config.model.pretraining_task == "dual_prediction"
+        dual = config.model.task_like == "dual_prediction"
         self.max_length = config.tokenizer.max_genes - 1
         self.appends_eos = config.tokenizer.append_eos
         self.count_bias = config.model.count_bias

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from torch import nn
 from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.config_io import differences, load_config, to_yaml
+from scmodelforge.config_plugins import plugin_records, require_plugins
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
@@ -33,6 +35,8 @@ from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.card import CARD, model_card
 from scmodelforge.models.heads import PredictionHead
 from scmodelforge.models.published import LOOKS, family_of
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "scmodelforge"
 FORMAT_VERSION = 1
@@ -86,6 +90,7 @@ class ModelBundle:
         return {
             "format_version": FORMAT_VERSION,
             "config": self.config.model_dump(mode="json"),
+            "plugins": plugin_records(self.config),
             "vocab": self.vocab.to_plain(),
             "labels": None
             if self.labels is None
@@ -176,12 +181,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def config_of(checkpoint: dict[str, Any], where: str) -> Config:
     """The config inside a checkpoint that `read_checkpoint` gave."""
+    plain = checkpoint[CHECKPOINT_KEY]
+    _need_plugins(plain.get("plugins", []), where)
     try:
-        return Config.model_validate(checkpoint[CHECKPOINT_KEY]["config"])
+        return Config.model_validate(plain["config"])
     except ValidationError as error:
         raise ModelError(
             f"The config inside '{where}' does not fit this version: {error.errors()[0]['msg']}"
         ) from error
+
+
+def _need_plugins(records: list[dict[str, str]], where: str) -> None:
+    for changed in require_plugins(records, where):
+        log.warning("%s", changed)
 
 
 def _merge_lora(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
@@ -273,10 +285,16 @@ def load_model(path: str | Path) -> ModelBundle:
             raise ModelError(f"'{path}' is not a model folder: it has no {name}.{hint}")
     try:
         with safe_open(path / "model.safetensors", framework="pt") as weights:
-            fingerprint = (weights.metadata() or {}).get("vocabulary")
+            facts = weights.metadata() or {}
+            fingerprint = facts.get("vocabulary")
             state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"'{path / 'model.safetensors'}' is damaged: {error}") from error
+    try:
+        plugins = list(json.loads(facts.get("plugins", "[]")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ModelError(f"'{path / 'model.safetensors'}' is damaged: its plugins cannot be read.") from error
+    _need_plugins(plugins, str(path))
     labels = None
     if (path / "labels.json").is_file():
         try:
@@ -356,8 +374,11 @@ def save_bundle(
     state = {f"model.{name}": tensor.contiguous() for name, tensor in bundle.model.state_dict().items()}
     if bundle.head is not None:
         state |= {f"head.{name}": tensor.contiguous() for name, tensor in bundle.head.state_dict().items()}
+    facts = {"vocabulary": bundle.vocab.fingerprint}
+    if plugins := plugin_records(bundle.config):
+        facts["plugins"] = json.dumps(plugins)
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(state, temporary, metadata={"vocabulary": bundle.vocab.fingerprint})
+        save_file(state, temporary, metadata=facts)
     bundle.vocab.save(folder / "genes.parquet")
     if bundle.labels is not None:
         write_text(folder / "labels.json", json.dumps(bundle.describe()["labels"], indent=2) + "\n")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from scmodelforge.config_plugins import plugins_of
 from scmodelforge.errors import ModelError
 from scmodelforge.files import write_text
 
@@ -145,6 +146,8 @@ def _model(bundle: ModelBundle) -> Iterator[str]:
     )
     yield f"Tokens: {config.tokenizer.strategy}, at most {config.tokenizer.max_genes:,} per cell"
     yield f"Pretraining task: {model.pretraining_task}"
+    for key, plugin in plugins_of(config).items():
+        yield f"Needs {plugin} ({key} {plugin.name})"
     yield f"Cell embedding: {model.hidden_dim} numbers, pooling {model.pooling}"
     if bundle.labels is not None:
         yield f"Predicts: {bundle.labels.key} ({bundle.labels.task})"

@@ -179,7 +179,7 @@ class GeneValueEmbedding(nn.Module):
 
 def build_embedding(config: Config, vocab: GeneVocab) -> RankEmbedding | GeneValueEmbedding:
     """Ranks for rank value encoding, values for everything else."""
-    kind = RankEmbedding if config.tokenizer.strategy == "rank_value" else GeneValueEmbedding
+    kind = RankEmbedding if config.tokenizer.strategy_like == "rank_value" else GeneValueEmbedding
     return kind(config, vocab)
 
 

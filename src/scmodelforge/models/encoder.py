@@ -32,7 +32,7 @@ class TransformerEncoder(CellTransformer):
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
         super().__init__(config, vocab)
-        task = config.model.pretraining_task
+        task = config.model.task_like
         self.head = build_gene_head(config, vocab) if task != "expression_reconstruction" else None
         self.expression_head = (
             ExpressionHead(config, vocab, with_gene=task == "dual_prediction")

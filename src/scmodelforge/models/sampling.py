@@ -164,7 +164,7 @@ def _value(config: Config, outputs: torch.Tensor, uniforms: torch.Tensor) -> tor
     if config.value_loss == "cross_entropy":
         return _draw(outputs, uniforms).float()
     value = predicted_values(config, outputs).clamp(min=0)
-    bins = config.tokenizer.strategy == "binned_expression"
+    bins = config.tokenizer.strategy_like == "binned_expression"
     return value.round().clamp(max=config.tokenizer.n_bins - 1) if bins else value
 
 

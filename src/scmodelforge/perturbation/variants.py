@@ -55,7 +55,7 @@ class Layout:
     def of(cls, config: Config, vocab: GeneVocab) -> Self:
         """The layout of a model's cells."""
         tokenizer = config.tokenizer
-        ranked = tokenizer.strategy == "rank_value"
+        ranked = tokenizer.strategy_like == "rank_value"
         return cls(
             n_before=int(tokenizer.prepend_cls),
             n_after=int(tokenizer.append_eos),
@@ -63,7 +63,7 @@ class Layout:
             pad_id=vocab.pad_id,
             first_gene_token=vocab.first_gene_token,
             by_value=ranked or tokenizer.gene_order == "value",
-            highest=tokenizer.n_bins - 1 if tokenizer.strategy == "binned_expression" else None,
+            highest=tokenizer.n_bins - 1 if tokenizer.strategy_like == "binned_expression" else None,
             with_zeros=tokenizer.include_zero_genes and not ranked,
         )
 

@@ -41,9 +41,11 @@ def build_tokenizer(config: Config, vocab: GeneVocab) -> Tokenizer:
 def what_differs_by_epoch(config: Config, vocab: GeneVocab) -> str:
     """Why a cell may have other tokens in another epoch of training; empty where it always has the same."""
     tokenizer = config.tokenizer
-    if tokenizer.strategy == "rank_value":
+    if (plugin := registry.TOKENIZERS.plugin(tokenizer.strategy)) is not None:
+        return f"{tokenizer.strategy} is a tokenizer of {plugin}, and only it knows whether it draws"
+    if tokenizer.strategy_like == "rank_value":
         return ""
-    if tokenizer.strategy == "binned_expression":
+    if tokenizer.strategy_like == "binned_expression":
         return "binned_expression spreads equal values over their bins at random"
     if tokenizer.gene_order == "random":
         return "tokenizer.gene_order is random"

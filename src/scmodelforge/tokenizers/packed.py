@@ -100,8 +100,8 @@ class Packing:
         read = config.tokenizer.obs_tokens
         places = tuple(names.index(column) for column in read)
         sizes = tuple(len(vocab.obs_categories[column]) + 1 for column in read)
-        causal = config.model.architecture == "autoregressive_transformer"
-        known_only = causal and config.model.pretraining_task != "expression_reconstruction"
+        causal = config.model.architecture_like == "autoregressive_transformer"
+        known_only = causal and config.model.task_like != "expression_reconstruction"
         return cls(places, sizes, known_only, config.tokenizer.max_genes + len(places))
 
     def __call__(self, tokens: TokenBatch, total: int | None = None) -> PackedTokens:

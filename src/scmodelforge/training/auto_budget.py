@@ -69,7 +69,7 @@ def with_chosen_budget(run: Pretraining) -> Pretraining:
 def _fits_by_formula(run: Pretraining, n_tokens: int) -> bool:
     bundle = run.bundle
     asked = round(n_tokens * bundle.config.tokenizer.masking.mask_ratio)
-    if bundle.config.model.architecture == "autoregressive_transformer":
+    if bundle.config.model.architecture_like == "autoregressive_transformer":
         asked = n_tokens
     needed = fixed_bytes(bundle.model) + activation_bytes(bundle.config, bundle.vocab, n_tokens, asked)
     return needed < SHARE_OF_FREE_MEMORY * available_bytes(torch.device("cpu"))

@@ -149,7 +149,7 @@ def prepare_data(
         vocab = vocab.with_obs_categories(obs_categories(training_cells, config.obs_columns))
         prepared = replace(prepared, vocab=vocab)
         prepared.store.obs_categories = vocab.obs_categories
-    if config.tokenizer.gene_medians == "none" or config.tokenizer.strategy != "rank_value":
+    if config.tokenizer.gene_medians == "none" or config.tokenizer.strategy_like != "rank_value":
         return replace(prepared, vocab=vocab.with_medians(None))
     if config.tokenizer.gene_medians == "from_data":
         log.info("Measuring gene medians on %s training cells.", f"{len(prepared.train_rows):,}")

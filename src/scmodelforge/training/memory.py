@@ -43,14 +43,14 @@ def activation_bytes(config: Config, vocab: GeneVocab, tokens: int, asked: int) 
         Asked genes.
     """
     model, half = config.model, config.training.precision != "32-true"
-    causal = model.architecture == "autoregressive_transformer"
-    generates = causal and model.pretraining_task == "expression_reconstruction"
+    causal = model.architecture_like == "autoregressive_transformer"
+    generates = causal and model.task_like == "expression_reconstruction"
     n = tokens + (asked if generates else 0)
     passes = 2 if generates and model.objective.second_pass_weight else 1
     total = passes * n * _bytes_of_blocks(model, half)
-    if model.architecture == "masked_autoencoder":
+    if model.architecture_like == "masked_autoencoder":
         total += (tokens + asked) * _bytes_of_blocks(decoder_config(model), half)
-    names_genes = model.pretraining_task in ("masked_gene_prediction", "dual_prediction", "next_gene")
+    names_genes = model.task_like in ("masked_gene_prediction", "dual_prediction", "next_gene")
     if names_genes and model.objective.gene_weight > 0:
         product = 2 if half else FLOAT
         # Gradients of states and output matrix, computed beside the loss, and the rows of logits that live at once.

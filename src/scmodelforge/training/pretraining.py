@@ -91,7 +91,7 @@ def fixed_sizes(config: Config) -> Sizes:
     What a task asks beside its tokens (generated and reconstructed genes) varies, and so do the sizes then.
     """
     total = config.training.token_budget
-    architecture, task = config.model.architecture, config.model.pretraining_task
+    architecture, task = config.model.architecture_like, config.model.task_like
     generates = architecture == "autoregressive_transformer" and task == "expression_reconstruction"
     if architecture == "masked_autoencoder" or generates:
         return {}

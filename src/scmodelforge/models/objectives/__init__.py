@@ -6,6 +6,7 @@ batch, worker or machine it comes to. Predictions are made at the asked position
 
 from __future__ import annotations
 
+from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models.objectives.batch import Objective
@@ -13,8 +14,11 @@ from scmodelforge.models.objectives.masked import MaskedPrediction
 
 
 def build_objective(config: Config, vocab: GeneVocab) -> Objective:
-    """The task of a config, in the form that fits its architecture."""
-    architecture, task = config.model.architecture, config.model.pretraining_task
+    """The task of a config, in the form that fits its architecture; a plugin's is made as it is."""
+    name = config.model.pretraining_task
+    if registry.TASKS.plugin(name) is not None:
+        return registry.TASKS.load(name)(config, vocab)
+    architecture, task = config.model.architecture_like, config.model.task_like
     if architecture == "transformer_encoder":
         return MaskedPrediction(config, vocab)
     if architecture == "masked_autoencoder":

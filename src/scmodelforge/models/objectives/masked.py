@@ -56,13 +56,13 @@ class MaskedPrediction:
     """
 
     def __init__(self, config: Config, vocab: GeneVocab) -> None:
-        task = config.model.pretraining_task
+        task = config.model.task_like
         self.config, self.vocab = config, vocab
         self.masking, self.packing = config.tokenizer.masking, Packing.of(config, vocab)
         self.asks_genes = task != "expression_reconstruction"
         self.asks_values = task != "masked_gene_prediction"
-        self.hides_values = self.asks_values or config.tokenizer.strategy == "rank_value"
-        self.has_bins = self.asks_values and config.tokenizer.strategy == "binned_expression"
+        self.hides_values = self.asks_values or config.tokenizer.strategy_like == "rank_value"
+        self.has_bins = self.asks_values and config.tokenizer.strategy_like == "binned_expression"
         self.terms = term_names(config)
         self.sums = (
             *(f"{name}_{part}" for name in self.terms for part in ("total", "count")),
@@ -186,13 +186,13 @@ def loss_metrics(config: Config, terms: tuple[str, ...], sums: dict[str, float])
 
 def term_names(config: Config) -> tuple[str, ...]:
     """Names of the loss terms of a masked or generative task."""
-    task, objective = config.model.pretraining_task, config.model.objective
+    task, objective = config.model.task_like, config.model.objective
     asked = {
         "gene": task != "expression_reconstruction",
         "expression": task != "masked_gene_prediction",
         "nonzero": objective.zero_probability,
         "second_pass": objective.second_pass_weight
-        and config.model.architecture == "autoregressive_transformer",
+        and config.model.architecture_like == "autoregressive_transformer",
         "cell_expression": objective.cell_weight,
         "cell_nonzero": objective.cell_weight and objective.zero_probability,
         "ecs": objective.ecs_weight,

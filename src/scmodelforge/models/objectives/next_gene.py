@@ -66,10 +66,10 @@ class NextGene:
                 "model.objective.reference asks for <eos> at the end of a full window, which the vocabulary lacks: "
                 "use tokenizer.vocab_layout transcriptformer or geneformer_v2."
             )
-        self.asks_values = model.pretraining_task == "dual_prediction"
+        self.asks_values = model.task_like == "dual_prediction"
         self.asks_genes = not self.asks_values or objective.gene_weight > 0
         self.asks_counts = self.asks_values and config.value_loss == "zero_truncated_poisson"
-        self.has_bins = self.asks_values and config.tokenizer.strategy == "binned_expression"
+        self.has_bins = self.asks_values and config.tokenizer.strategy_like == "binned_expression"
         self.terms = (
             *(["gene"] if self.asks_genes else []),
             *(["expression"] if self.asks_values else []),
