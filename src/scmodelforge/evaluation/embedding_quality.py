@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import EmbeddingQualityParams
+from scmodelforge.config_eval import EmbeddingQualityParams
 from scmodelforge.errors import DataError, require_extra
 from scmodelforge.evaluation.splits import check_embedding, usable_groups, usable_labels
 
