@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import pandas as pd
 
 from scmodelforge.config_eval import EmbeddingQualityParams
 from scmodelforge.errors import DataError, require_extra
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores
 from scmodelforge.evaluation.splits import check_embedding, usable_groups, usable_labels
 
 if TYPE_CHECKING:
@@ -69,6 +70,30 @@ def quality_cells(
     if batches is not None:
         _check_batches(labels, batches, params, where)
     return rows, labels, batches
+
+
+class EmbeddingQuality:
+    """The scIB metrics as a benchmark of all methods that have an embedding."""
+
+    def check(self, cells: EvaluationCells, params: EmbeddingQualityParams, seed: int) -> None:
+        """Raise `UserError` if scib-metrics is not installed, or labels or batches cannot be used."""
+        require_extra("scib_metrics", "eval", "The benchmark embedding_quality")
+        quality_cells(cells.store.obs, params, seed, cells.where)
+
+    def run(
+        self, methods: Sequence[Method], cells: EvaluationCells, params: EmbeddingQualityParams, seed: int
+    ) -> dict[str, Scores]:
+        """Score each embedding; `embedding_quality` says what the figures are."""
+        return {
+            method.name: Scores(
+                embedding_quality(method.embedding, cells.store.obs, params, seed, cells.where)
+            )
+            for method in methods
+            if method.embedding is not None
+        }
+
+
+BENCHMARK = EmbeddingQuality()
 
 
 def embedding_quality(
