@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scmodelforge.config import EmbeddingQualityParams
+from scmodelforge.config_eval import EmbeddingQualityParams
 from scmodelforge.errors import DataError, MissingExtraError
 from scmodelforge.evaluation import embedding_quality as module
 from scmodelforge.evaluation.embedding_quality import embedding_quality

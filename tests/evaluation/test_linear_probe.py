@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from scmodelforge.config import LinearProbeParams
+from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation import linear_probe as module
 from scmodelforge.evaluation.baselines import pca_embedding

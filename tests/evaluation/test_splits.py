@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmodelforge.config import LinearProbeParams
+from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation.splits import check_embedding, probe_splits, usable_groups, usable_labels
 

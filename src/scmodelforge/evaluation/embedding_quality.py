@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import EmbeddingQualityParams
+from scmodelforge.config_eval import EmbeddingQualityParams
 from scmodelforge.errors import DataError, require_extra
+from scmodelforge.evaluation.baselines import pca_embedding
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores
 from scmodelforge.evaluation.kbet import MIN_CELLS as MIN_CLASS_FOR_KBET
 from scmodelforge.evaluation.kbet import kbet_per_label
 from scmodelforge.evaluation.neighbors import nearest_neighbors
@@ -63,6 +65,37 @@ def quality_cells(
     if batches is not None:
         _check_batches(labels, batches, params, where)
     return rows, labels, batches
+
+
+class EmbeddingQuality:
+    """The scIB metrics as a benchmark of all methods that have an embedding."""
+
+    def check(self, cells: EvaluationCells, params: EmbeddingQualityParams, seed: int) -> None:
+        """Raise `UserError` if scib-metrics is not installed, or labels or batches cannot be used."""
+        require_extra("scib_metrics", "eval", "The benchmark embedding_quality")
+        quality_cells(cells.store.obs, params, seed, cells.where)
+
+    def run(
+        self, methods: Sequence[Method], cells: EvaluationCells, params: EmbeddingQualityParams, seed: int
+    ) -> dict[str, Scores]:
+        """Score each embedding; `embedding_quality` says what the figures are.
+
+        With batches, `pcr_comparison` compares with the PCA of the counts, the baseline's where it is there.
+        """
+        embeddings = {method.name: method.embedding for method in methods if method.embedding is not None}
+        unintegrated = None
+        if params.batch_key is not None:
+            pca = embeddings.get("pca")
+            unintegrated = pca_embedding(cells.counts, seed) if pca is None else pca
+        return {
+            name: Scores(
+                embedding_quality(embedding, cells.store.obs, params, seed, cells.where, unintegrated)
+            )
+            for name, embedding in embeddings.items()
+        }
+
+
+BENCHMARK = EmbeddingQuality()
 
 
 def embedding_quality(

@@ -14,7 +14,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from scmodelforge import registry
-from scmodelforge.config import Config, EmbeddingQualitySpec
+from scmodelforge.config import Config
+from scmodelforge.config_eval import EmbeddingQualitySpec
 from scmodelforge.data.sources import open_matrix
 from scmodelforge.errors import require_extra
 from scmodelforge.evaluation.baselines import pca_embedding

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import LinearProbeParams
+from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.evaluation.splits import check_embedding, probe_splits, usable_groups, usable_labels
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import logging
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import LinearProbeParams
+from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.errors import DataError
 
 log = logging.getLogger(__name__)
