@@ -67,7 +67,7 @@ def score(folder: str, method: str) -> dict[str, Any]:
 
 
 def _ours(embedding: np.ndarray, components: np.ndarray, obs: Any, _: str) -> dict[str, float]:
-    from scmodelforge.config import EmbeddingQualityParams
+    from scmodelforge.config_eval import EmbeddingQualityParams
     from scmodelforge.evaluation.embedding_quality import embedding_quality
 
     params = EmbeddingQualityParams(
@@ -138,11 +138,14 @@ def main() -> None:
     processor = {name: statistics.median(run["processor"] for run in runs) for name, runs in seen.items()}
     ours = seen["ours"][0]["scores"]
     ours["kbet_exact"] = ours["kbet"]
+    difference = {name: abs(ours[name] - value) for name, value in expected.items()}
+    searched = {"kbet", "batch_correction", "total"}  # hold the approximate search of the Benchmarker's kBET
     rows = [
         harness.Row("time", seconds["ours"], "s", peer=seconds["benchmarker"]),
         harness.Row("processor time", processor["ours"], "s", peer=processor["benchmarker"]),
         *(harness.Row(name, ours[name], "", peer=value) for name, value in expected.items()),
-        harness.Row("largest difference", max(abs(ours[name] - expected[name]) for name in expected), ""),
+        harness.Row("largest difference", max(difference[name] for name in difference.keys() - searched), ""),
+        harness.Row("by kBET's own search", max(difference[name] for name in searched), ""),
         harness.Row("times faster", seconds["benchmarker"] / seconds["ours"], ""),
     ]
     title = f"scIB metrics of {n_cells:,} cells of {options.data.name}, ours and Benchmarker's"
