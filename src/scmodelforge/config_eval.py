@@ -18,7 +18,9 @@ class LinearProbeParams(Section):
     cell_type_key: str = Field("cell_type", description="obs column with the labels.")
     test_size: float = Field(0.2, gt=0, lt=1, description="Share of cells (or groups) held out for testing.")
     group_key: str | None = Field(
-        None, description="obs column whose groups stay whole; null: split by cell."
+        "auto",
+        description="obs column whose groups stay whole, so that test groups are new to the probe; auto: the first "
+        "known column of donors, batches or data sets (donor_id, patient, batch, dataset, ...); null: split by cell.",
     )
     n_splits: int = Field(5, ge=1, description="Number of random splits; the spread over them is reported.")
     min_cells_per_class: int = Field(2, ge=2, description="Classes with fewer cells are an error.")
@@ -69,8 +71,10 @@ class EvalConfig(Section):
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of splits, subsampling and the untrained baseline."
     )
-    baselines: list[Literal["pca", "untrained"]] = Field(
-        ["pca", "untrained"],
-        description="Beside the model: PCA of log-normalized counts, and the model before training.",
+    baselines: list[Literal["pca", "log_normalized", "untrained", "majority", "harmony", "scvi"]] = Field(
+        ["pca", "log_normalized", "untrained", "majority"],
+        description="Beside the model: PCA of log-normalized counts of variable genes; for labels, log_normalized "
+        "(logistic regression on all genes) and majority (the most frequent class); the model before training; with "
+        "extras, harmony (PCA corrected for batches) and scvi (trained on the cells).",
     )
     benchmarks: list[BenchmarkSpec] = Field(default_factory=_only_linear_probe, description="What to run.")
