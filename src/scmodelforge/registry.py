@@ -64,5 +64,6 @@ BENCHMARKS = Registry(
     {
         "linear_probe": "scmodelforge.evaluation.linear_probe:BENCHMARK",
         "embedding_quality": "scmodelforge.evaluation.embedding_quality:BENCHMARK",
+        "knn_annotation": "scmodelforge.evaluation.knn_annotation:BENCHMARK",
     },
 )

@@ -24,8 +24,10 @@ CELLS = RNG.normal(size=(300, 16)).astype(np.float32)
     ids=["one point", "rounding", "nearly a line", "line"],
 )
 def test_a_collapsed_embedding_is_refused_with_the_reason(embedding, reason):
-    with pytest.raises(DataError, match=rf"embedding has collapsed: {reason}(.|\n)*learning rate"):
+    with pytest.raises(DataError, match=rf"embedding of 'model' has collapsed: {reason}(.|\n)*learning rate"):
         check_embedding(embedding, 300)
+    with pytest.raises(DataError, match=r"Leave 'untrained' out of eval\.baselines"):
+        check_embedding(embedding, 300, "untrained")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from scmodelforge.config import Config
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation.baselines import baseline_methods, check_baselines
 from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method, Scores
+from scmodelforge.evaluation.splits import check_embedding
 from scmodelforge.evaluation.uncertainty import paired_test
 from scmodelforge.files import ensure_target, write_text
 from scmodelforge.inference import as_bundle, embed_store, open_for
@@ -148,6 +149,9 @@ def _run_all(config: Config, bundle: ModelBundle, cells: EvaluationCells) -> lis
     check_baselines(cells, config.eval)
     embedding = embed_store(bundle, cells.store, config.eval.batch_size)
     methods = [Method("model", False, embedding, bundle), *baseline_methods(bundle, cells, config.eval)]
+    for rival in methods:
+        if rival.embedding is not None:
+            check_embedding(rival.embedding, cells.store.n_cells, rival.name)
     results = []
     for spec, one in benchmarks:
         log.info("%s on %s: %s", spec.name, spec.dataset, ", ".join(method.name for method in methods))

@@ -1,9 +1,9 @@
-"""kBET within each class (Büttner et al. 2019, Luecken et al. 2022): are the batches of a cell's neighbours those of its class?
+"""kBET within each class (Büttner et al. 2019): have the neighbours of a cell the batches of its class?
 
-The same steps, in the same precision, as `scib_metrics.kbet_per_label`: neighbours by diffusion distance on the graph
-of a class, then a chi² test for each cell. One thing differs: the neighbours in diffusion space are exact, where
-scib-metrics searches approximately. That also saves the compilation of the search, and of the test for each size of
-a class, which cost it most of its time.
+The same steps, in the same precision, as `scib_metrics.kbet_per_label` (Luecken et al. 2022): neighbours by diffusion
+distance on the graph of a class, then a chi² test for each cell. One thing differs: the neighbours in diffusion space
+are exact, where scib-metrics searches approximately. That also saves the compilation of the search, and of the test
+for each size of a class, which cost it most of its time.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def kbet_per_label(graph: sparse.csr_matrix, batches: np.ndarray, labels: np.nda
         if len(cells) < MIN_CELLS or len(sizes) == 1:
             continue
         k = int(np.clip(sizes.mean() // 4, *NEIGHBORS))
-        cells = _connected(graph, cells, k)
-        if cells is None:
+        connected = _connected(graph, cells, k)
+        if connected is None:
             scores.append(0.0)
             continue
-        n_components = min(n_components, len(cells) - 1)  # once lower it stays so: as in scib-metrics
-        near = _diffusion_neighbors(_subgraph(graph, cells), k, n_components)
-        scores.append(_accepted(near, batches[cells]))
+        n_components = min(n_components, len(connected) - 1)  # once lower it stays so: as in scib-metrics
+        near = _diffusion_neighbors(_subgraph(graph, connected), k, n_components)
+        scores.append(_accepted(near, batches[connected]))
     return float(np.mean(scores)) if scores else float("nan")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from scmodelforge.config_eval_knn import KnnAnnotationParams
+from scmodelforge.config_eval import KnnAnnotationParams
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation import calibration
 from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores

@@ -77,20 +77,21 @@ def nearest_neighbors(
             unsure = far[:, -1] ** 2 + 2 * slack >= worst[:, -1] + length**2
             for row in torch.nonzero(unsure)[:, 0].split(max(1, BLOCK // (2 * n_rows))):
                 chosen = None if own is None else own[row]
-                wide = _nearest_in_float64(shifted[row], centred, k, chosen)
+                wide = _nearest_in_float64(block[row], rows, n_candidates, chosen)
                 found[row], far[row] = _ordered(block[row], rows, wide, k, chosen)
         indices[start : start + step], distances[start : start + step] = found, far
     return indices.numpy(), distances.numpy()
 
 
 def _nearest_in_float64(
-    queries: torch.Tensor, rows: torch.Tensor, k: int, own: torch.Tensor | None
+    queries: torch.Tensor, rows: torch.Tensor, n: int, own: torch.Tensor | None
 ) -> torch.Tensor:
-    wide = rows.double()
-    near = wide.square().sum(1)[None] - 2 * queries.double() @ wide.T
+    centre = rows.double().mean(0)
+    wide = rows.double() - centre
+    near = wide.square().sum(1)[None] - 2 * (queries.double() - centre) @ wide.T
     if own is not None:
         near[range(len(queries)), own] = -float("inf")
-    return near.sort(dim=1, stable=True).indices[:, :k]
+    return near.sort(dim=1, stable=True).indices[:, :n]
 
 
 def _ordered(

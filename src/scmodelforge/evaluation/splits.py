@@ -16,6 +16,7 @@ import pandas as pd
 
 from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.errors import DataError
+from scmodelforge.evaluation.collapse import collapse
 
 log = logging.getLogger(__name__)
 
@@ -298,8 +299,8 @@ def _group_splits(
     return splits
 
 
-def check_embedding(embedding: np.ndarray, n_cells: int) -> None:
-    """Raise `DataError` unless `embedding` is (n_cells, d) and finite; warn where all cells are alike."""
+def check_embedding(embedding: np.ndarray, n_cells: int, method: str = "model") -> None:
+    """Raise `DataError` unless `embedding` is (n_cells, d), finite and not collapsed (see `collapse`)."""
     if embedding.ndim != 2 or len(embedding) != n_cells:
         raise DataError(
             f"An embedding of shape {embedding.shape} does not fit {n_cells:,} cells: one row each."
@@ -311,7 +312,12 @@ def check_embedding(embedding: np.ndarray, n_cells: int) -> None:
             "The model has probably diverged: look at its training loss, lower the learning rate, or train "
             "with precision 32-true."
         )
-    if not np.ptp(embedding, axis=0).any():
-        log.warning(
-            "all %s cells have the same embedding: the model has collapsed, scores mean nothing", n_cells
+    if reason := collapse(embedding):
+        remedy = (
+            "Look at the model's training loss: train longer, or with a lower learning rate."
+            if method == "model"
+            else f"Leave '{method}' out of eval.baselines."
+        )
+        raise DataError(
+            f"The embedding of '{method}' has collapsed: {reason}.\nScores of it would say nothing. {remedy}"
         )
