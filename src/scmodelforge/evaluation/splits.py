@@ -34,7 +34,9 @@ GROUP_COLUMNS = {  # obs columns that are known by their names, in lower case; t
     "dataset": ("dataset_id", "dataset", "study_id", "study"),
 }
 AUTO = "auto"
-DRAWS_COMPARED = 5  # of these the most even one is kept; of more, with few groups, it would always be the same
+DRAWS_COMPARED = (
+    5  # of these the most even one is kept; of more, with few groups, it would always be the same
+)
 DRAWS_PER_SPLIT = 50  # group splits tried for each one kept, to find one that trains on every class
 
 
