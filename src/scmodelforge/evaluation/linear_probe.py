@@ -25,6 +25,9 @@ from scmodelforge.evaluation.splits import check_embedding, probe_groups, probe_
 log = logging.getLogger(__name__)
 
 MAX_ITERATIONS = 1000  # of lbfgs; standardized embeddings converge within some hundred
+SPARSE_TOLERANCE = (
+    1e-3  # on all genes: a third of the iterations of scikit-learn's 1e-4, and the same accuracy
+)
 
 
 class ProbeCells(NamedTuple):
@@ -164,10 +167,10 @@ def probe(
 
     predicted, unfinished = np.full((len(truth), len(splits)), UNTESTED), 0
     for place, (train, test) in enumerate(splits):
-        regression = LogisticRegression(max_iter=MAX_ITERATIONS)
-        model = (
-            regression if isinstance(features, csr_matrix) else make_pipeline(StandardScaler(), regression)
-        )
+        if isinstance(features, csr_matrix):
+            model = LogisticRegression(max_iter=MAX_ITERATIONS, tol=SPARSE_TOLERANCE)
+        else:
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             model.fit(features[train], truth[train])

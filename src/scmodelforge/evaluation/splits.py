@@ -35,6 +35,9 @@ GROUP_COLUMNS = {  # obs columns that are known by their names, in lower case; t
     "dataset": ("dataset_id", "dataset", "study_id", "study"),
 }
 AUTO = "auto"
+DRAWS_COMPARED = (
+    5  # of these the most even one is kept; of more, with few groups, it would always be the same
+)
 DRAWS_PER_SPLIT = 50  # group splits tried for each one kept, to find one that trains on every class
 
 
@@ -286,7 +289,8 @@ def _group_splits(
         share = present[draws].sum(1) / present.sum(0)  # of each class that a draw tests
         uneven = np.abs(share - params.test_size).mean(1)
         repeated = np.array([draw.tobytes() in used for draw in draws])
-        best = np.lexsort((uneven, repeated, untrained))[0]
+        first = np.lexsort((repeated, untrained))[:DRAWS_COMPARED]  # stable: of equals those drawn first
+        best = first[np.lexsort((uneven[first], repeated[first], untrained[first]))[0]]
         if repeated[best]:
             log.info("%s groups give %s different splits, not %s", n_groups, len(splits), params.n_splits)
             break
