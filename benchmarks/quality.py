@@ -81,7 +81,7 @@ def labelled_cells(dataset: Dataset, folder: Path) -> anndata.AnnData:
 
 def hold_out(adata: anndata.AnnData, dataset: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to learn from and held-out rows, a fifth of the cells or of the donors."""
-    from scmodelforge.config import LinearProbeParams
+    from scmodelforge.config_eval import LinearProbeParams
     from scmodelforge.evaluation.splits import probe_splits, usable_groups
 
     groups = usable_groups(adata.obs, dataset.group_key, dataset.name) if dataset.group_key else None
@@ -100,7 +100,7 @@ def macro_f1(embedding: np.ndarray, labels: np.ndarray, train: np.ndarray, test:
 
 def scib_total(embedding: np.ndarray, adata: anndata.AnnData, dataset: Dataset, test: np.ndarray) -> float:
     """scIB total of the held-out cells (biology alone where there are no batches)."""
-    from scmodelforge.config import EmbeddingQualityParams
+    from scmodelforge.config_eval import EmbeddingQualityParams
     from scmodelforge.evaluation.embedding_quality import embedding_quality
 
     params = EmbeddingQualityParams(batch_key=dataset.batch_key, max_cells=1000)

@@ -173,9 +173,9 @@ def benchmark(
     from scmodelforge.config_io import load_config
 
     settings = load_config(config, set_ or [], (*MODEL_SECTIONS, "eval"))
-    from scmodelforge.evaluation.harness import benchmark as run
+    from scmodelforge.evaluation.harness import evaluate
 
-    print_results(run(settings, model, _one(data), output))
+    print_results(evaluate(settings, model, _one(data), output, command=sys.argv))
     if output is not None:
         from scmodelforge.report.benchmark_page import write_benchmark_report
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from scmodelforge.evaluation.harness import BenchmarkResult
+    from scmodelforge.evaluation.harness import BenchmarkResult, Evaluation
     from scmodelforge.training.plan import Plan
     from scmodelforge.training.run import RunResult
 
@@ -67,30 +67,51 @@ def speed_line(figures: dict[str, Any]) -> str:
     return "Speed: " + ", ".join(parts)
 
 
-def print_results(results: list[BenchmarkResult]) -> None:
+def print_results(evaluation: Evaluation) -> None:
+    """A table for each benchmark with 95 % intervals, the test against the best baseline below it, then the notes."""
     from rich.console import Console
     from rich.table import Table
 
-    for name in dict.fromkeys(result.benchmark for result in results):
-        rows = [result for result in results if result.benchmark == name]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for name, dataset in dict.fromkeys((result.benchmark, result.dataset) for result in evaluation.results):
+        rows = [row for row in evaluation.results if (row.benchmark, row.dataset) == (name, dataset)]
         columns = [
             key
             for key, value in rows[0].metrics.items()
             if isinstance(value, float) and not key.endswith("_std")
         ]
-        table = Table("method", *columns, title=f"{name} ({rows[0].dataset})")
+        table = Table("method", *columns, title=f"{name} ({dataset})")
         for row in rows:
-            spread = {key: row.metrics.get(f"{key}_std") for key in columns}
-            table.add_row(
-                row.method,
-                *(
-                    f"{row.metrics[key]:.3f}" + (f" ± {spread[key]:.3f}" if spread[key] is not None else "")
-                    for key in columns
-                ),
-            )
+            table.add_row(row.method, *(_figure(row, key) for key in columns))
         facts = {key: value for key, value in rows[0].metrics.items() if not isinstance(value, float)}
         table.caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        console.print(table)
+        for row in rows:
+            if row.comparison:
+                console.print(_comparison_line(row.comparison))
+    if evaluation.notes:
+        console.print(
+            "Notes:", *(f"- {note}" for note in evaluation.notes), sep="\n", markup=False, highlight=False
+        )
+
+
+def _figure(row: BenchmarkResult, key: str) -> str:
+    """A figure with its 95 % interval, or else with its standard deviation."""
+    if key not in row.metrics:
+        return ""
+    text = f"{row.metrics[key]:.3f}"
+    if key in row.intervals:
+        low, high = row.intervals[key]
+        return rf"{text} \[{low:.3f}, {high:.3f}]"
+    return f"{text} ± {row.metrics[f'{key}_std']:.3f}" if f"{key}_std" in row.metrics else text
+
+
+def _comparison_line(comparison: dict[str, Any]) -> str:
+    low, high = comparison["interval"]
+    return (
+        f"model − {comparison['baseline']}, {comparison['metric']}: {comparison['difference']:+.3f} "
+        rf"\[{low:+.3f}, {high:+.3f}], p = {comparison['p_value']:.2g} (paired, same test cells)"
+    )
 
 
 def print_plan(plan: Plan) -> None:

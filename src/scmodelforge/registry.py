@@ -149,8 +149,9 @@ TASKS = Registry(
 BENCHMARKS = Registry(
     "benchmark",
     {
-        "linear_probe": "scmodelforge.evaluation.linear_probe:linear_probe",
-        "embedding_quality": "scmodelforge.evaluation.embedding_quality:embedding_quality",
+        "linear_probe": "scmodelforge.evaluation.linear_probe:BENCHMARK",
+        "embedding_quality": "scmodelforge.evaluation.embedding_quality:BENCHMARK",
+        "knn_annotation": "scmodelforge.evaluation.knn_annotation:BENCHMARK",
     },
     "scmodelforge.benchmarks",
 )

@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 from scmodelforge import cli
 
+BASELINES = ["pca", "log_normalized", "untrained", "majority"]  # of a linear probe, by default
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -15,7 +15,7 @@ from anndata import AnnData
 
 import scmodelforge
 from scmodelforge.config_io import load_config
-from tests.journeys.command import call, checkpoint, done, files_below, refused, sets
+from tests.journeys.command import BASELINES, call, checkpoint, done, files_below, refused, sets
 
 TINY = sets(
     model__hidden_dim=16,
@@ -205,8 +205,18 @@ def test_benchmark_writes_model_and_baselines(
     answer = done("benchmark", *arguments)
     assert "macro_f1" in answer.out
     record = json.loads(output.read_text())
-    assert [row["method"] for row in record["results"]] == ["model", "untrained", "pca"]
+    assert [row["method"] for row in record["results"]] == ["model", *BASELINES]
     assert all(0 < row["metrics"]["macro_f1"] < 1 for row in record["results"])
+    assert [row["is_baseline"] for row in record["results"]] == [False, True, True, True, True]
+    model = record["results"][0]
+    comparison = model["comparison"]
+    assert comparison["metric"] == "macro_f1"
+    assert f"model − {comparison['baseline']}, macro_f1: {comparison['difference']:+.3f}" in answer.out
+    low, high = model["intervals"]["macro_f1"]
+    assert f"{model['metrics']['macro_f1']:.3f} [{low:.3f}, {high:.3f}]" in answer.out
+    assert any("split by cell" in note for note in record["notes"])
+    assert "split by cell" in answer.out
+    assert (record["n_cells"], record["seed"]) == (700, 0)
     done("benchmark", *arguments, *sets(**{"eval__baselines": "[]"}))
     assert [row["method"] for row in json.loads(output.read_text())["results"]] == ["model"]
 
@@ -308,7 +318,7 @@ def test_python_does_what_the_commands_do(
     small = [f"training.run_dir={tmp_path / 'a'}", "training.max_epochs=1", "data.paths=[]"]
     run = scmodelforge.train(load_config(config, small), data=adata)
     results = scmodelforge.benchmark(load_config(config), run.model, adata)
-    assert [result.method for result in results] == ["model", "untrained", "pca"]
+    assert [result.method for result in results] == ["model", *BASELINES]
     small[0] = f"training.run_dir={tmp_path / 'b'}"
     fine = scmodelforge.finetune(load_config(config, small), checkpoint(run.run_dir), data=adata)
     assert fine.model.labels is not None

@@ -15,7 +15,7 @@ import anndata
 import numpy as np
 import pytest
 
-from tests.journeys.command import Answer, done, files_below, refused, sets
+from tests.journeys.command import BASELINES, Answer, done, files_below, refused, sets
 
 CONTRACT = Path(__file__).parents[1] / "config" / "contract"
 SMALLER = {
@@ -82,7 +82,7 @@ def test_benchmark_linear_probe(training: Answer, place: Path) -> None:
     )
     assert "linear_probe (test)" in answer.out
     rows = json.loads((place / "results" / "probe.json").read_text())["results"]
-    assert [row["method"] for row in rows] == ["model", "untrained", "pca"]
+    assert [row["method"] for row in rows] == ["model", *BASELINES]
     score = {row["method"]: row["metrics"]["macro_f1"] for row in rows}
     assert score["pca"] > 0.4
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from scipy import sparse
 
+from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.store import CellStore
 from scmodelforge.models.bundle import ModelBundle
 
@@ -28,7 +31,8 @@ class Method:
     is_baseline
         Whether the model has to beat it.
     embedding
-        float32 (n_cells, d), one row for each cell of the store; None for a method without cell embeddings.
+        float32 (n_cells, d), one row for each cell of the store; None for a method without cell embeddings, which a
+        benchmark that knows its name may score in its own way ("log_normalized", "majority").
     bundle
         The weights behind it; None for a method without any.
     """
@@ -60,6 +64,13 @@ class EvaluationCells:
     layer: str | None
     where: str
 
+    @cached_property
+    def counts(self) -> sparse.csr_matrix:
+        """float32 CSR (n_cells, n_genes): all counts over all genes that were measured, in memory; read once."""
+        matrix = open_matrix(self.data, self.layer)
+        indptr, indices, values = matrix.read(np.arange(matrix.n_cells))
+        return sparse.csr_matrix((values, indices, indptr), shape=(matrix.n_cells, matrix.n_genes))
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -72,8 +83,9 @@ class Scores:
     intervals
         95 % bootstrap interval (low, high) of a figure in `metrics`, by its name.
     units
-        For paired tests: float64 (n_units) score of each unit (a test cell, a perturbation), by name of the metric;
-        the units of every method are the same, in the same order.
+        For paired tests: float64 (n_units) score of each unit (a test cell, a perturbation), by name of the metric,
+        the one to compare first; higher is better, their mean is the metric. The units of every method are the same,
+        in the same order.
     details
         What a page shows beside the figures, ready for JSON: `per_class` (a list of records with `label`, `n` and
         figures), `confusion` ({"labels": [...], "counts": [[...]]}, rows are the truth) and so on.

@@ -5,48 +5,78 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from anndata import AnnData
-from scipy import sparse
 
 from scmodelforge import registry
-from scmodelforge.config import Config, EmbeddingQualitySpec, PluginSpec
-from scmodelforge.data.sources import open_matrix
-from scmodelforge.errors import require_extra
-from scmodelforge.evaluation.baselines import pca_embedding
-from scmodelforge.evaluation.benchmark import EvaluationCells, Method
-from scmodelforge.evaluation.embedding_quality import quality_cells
-from scmodelforge.evaluation.linear_probe import probe_cells
+from scmodelforge.config import Config
+from scmodelforge.errors import DataError
+from scmodelforge.evaluation.baselines import baseline_methods, check_baselines
+from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method, Scores
+from scmodelforge.evaluation.splits import check_embedding
+from scmodelforge.evaluation.uncertainty import paired_test
 from scmodelforge.files import ensure_target, write_text
 from scmodelforge.inference import as_bundle, embed_store, open_for
-from scmodelforge.models.bundle import ModelBundle, build_model, with_model_of
-from scmodelforge.models.embeddings import ExternalGenes
+from scmodelforge.models.bundle import ModelBundle, with_model_of
 
 log = logging.getLogger(__name__)
+
+VERSIONS_OF = ("scmodelforge", "torch", "scanpy", "scikit-learn", "scib-metrics")
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One benchmark of one embedding.
+    """One benchmark of one method.
 
     Attributes
     ----------
     benchmark, dataset
         Names from the config.
     method
-        "model", "untrained" or "pca".
+        "model", or the name of a baseline.
     metrics
         Figures and facts by name.
+    is_baseline
+        Whether the model has to beat it.
+    intervals
+        95 % bootstrap interval [low, high] of a figure, by its name.
+    comparison
+        Of the model with the best baseline on the same units: `metric`, `baseline`, `difference`, `interval` and
+        `p_value` (see `uncertainty.paired_test`); None for baselines, and where units are not scored.
+    details
+        Figures of each class, confusion and so on.
     """
 
     benchmark: str
     dataset: str
     method: str
     metrics: dict[str, Any]
+    is_baseline: bool = False
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that a benchmark file gave.
+
+    Attributes
+    ----------
+    results
+        One for each benchmark and method, the model first.
+    notes
+        What was dropped and why, how it was split, and everything else that was said.
+    """
+
+    results: list[BenchmarkResult]
+    notes: list[str]
 
 
 def benchmark(
@@ -55,6 +85,17 @@ def benchmark(
     data: AnnData | str | Path,
     output: str | Path | None = None,
 ) -> list[BenchmarkResult]:
+    """Run the benchmarks of `config.eval` on a model and its baselines; `evaluate` gives the notes, too."""
+    return evaluate(config, model, data, output).results
+
+
+def evaluate(
+    config: Config,
+    model: ModelBundle | str | Path,
+    data: AnnData | str | Path,
+    output: str | Path | None = None,
+    command: Sequence[str] | None = None,
+) -> Evaluation:
     """Run the benchmarks of `config.eval` on a model and its baselines.
 
     Cells are embedded with the model's own vocabulary, tokenizer and preprocessing.
@@ -69,68 +110,142 @@ def benchmark(
         Labelled cells with raw counts.
     output
         JSON file for the results.
+    command
+        The command line, for the JSON file.
 
     Raises
     ------
     UserError
-        If config and model contradict each other, or data or labels cannot be used.
+        If config and model contradict each other, or data or labels cannot be used, or a figure is not a number.
     """
-    for spec in config.eval.benchmarks:
-        if isinstance(spec, EmbeddingQualitySpec):
-            require_extra("scib_metrics", "eval", "The benchmark embedding_quality")
     if output is not None:
         ensure_target(output)
     bundle = as_bundle(model)
     with_model_of(config, bundle, str(model) if not isinstance(model, ModelBundle) else "memory")
-    store = open_for(bundle, data, config.data)
-    where = str(store.files[0])
-    cells = EvaluationCells(store, data, config.data.layer, where)
-    for spec in config.eval.benchmarks:  # labels are cheap to check, embedding all cells is not
-        if isinstance(spec, PluginSpec):
-            registry.BENCHMARKS.load(spec.name).check(cells, spec.params, config.eval.seed)
-        elif isinstance(spec, EmbeddingQualitySpec):
-            quality_cells(store.obs, spec.params, config.eval.seed, where)
-        else:
-            probe_cells(store.obs, spec.params, config.eval.seed, where)
-
-    embeddings = {"model": embed_store(bundle, store, config.eval.batch_size)}
-    if "untrained" in config.eval.baselines:
-        fresh = ModelBundle(
-            bundle.config, bundle.vocab, build_model(bundle.config, bundle.vocab, config.eval.seed)
-        )
-        given, genes = bundle.model.embedding.tokens, fresh.model.embedding.tokens
-        if isinstance(given, ExternalGenes) and isinstance(genes, ExternalGenes):
-            genes.load_vectors(given.vectors.weight)
-        embeddings["untrained"] = embed_store(fresh, store, config.eval.batch_size)
-    if "pca" in config.eval.baselines:
-        embeddings["pca"] = pca_embedding(all_counts(data, config.data.layer), config.eval.seed)
-
-    results = []
-    for spec in config.eval.benchmarks:
-        run = registry.BENCHMARKS.load(spec.name)
-        if isinstance(spec, PluginSpec):
-            methods = [Method(name, name != "model", embedding) for name, embedding in embeddings.items()]
-            for method, scores in run.run(methods, cells, spec.params, config.eval.seed).items():
-                results.append(BenchmarkResult(spec.name, spec.dataset, method, dict(scores.metrics)))
-            continue
-        for method, embedding in embeddings.items():
-            log.info("%s of %s on %s", spec.name, method, spec.dataset)
-            metrics = run(embedding, store.obs, spec.params, config.eval.seed, where)
-            results.append(BenchmarkResult(spec.name, spec.dataset, method, metrics))
+    with _collected_notes() as notes:
+        store = open_for(bundle, data, config.data)
+        cells = EvaluationCells(store, data, config.data.layer, str(store.files[0]))
+        results = _run_all(config, bundle, cells)
+    evaluation = Evaluation(results, list(dict.fromkeys(notes)))
     if output is not None:
-        write_results(results, output, {"model": str(model), "data": where, "n_cells": store.n_cells})
+        facts = {
+            "model": "memory" if isinstance(model, ModelBundle) else str(model),
+            "data": cells.where,
+            "n_cells": store.n_cells,
+            "seed": config.eval.seed,
+            "command": None if command is None else list(command),
+        }
+        write_results(evaluation, output, facts)
+    return evaluation
+
+
+def _run_all(config: Config, bundle: ModelBundle, cells: EvaluationCells) -> list[BenchmarkResult]:
+    seed = config.eval.seed
+    benchmarks: list[tuple[Any, Benchmark]] = [
+        (spec, registry.BENCHMARKS.load(spec.name)) for spec in config.eval.benchmarks
+    ]
+    for spec, one in benchmarks:  # before anything long starts
+        one.check(cells, spec.params, seed)
+    check_baselines(cells, config.eval)
+    embedding = embed_store(bundle, cells.store, config.eval.batch_size)
+    methods = [Method("model", False, embedding, bundle), *baseline_methods(bundle, cells, config.eval)]
+    for rival in methods:
+        if rival.embedding is not None:
+            check_embedding(rival.embedding, cells.store.n_cells, rival.name)
+    results = []
+    for spec, one in benchmarks:
+        log.info("%s on %s: %s", spec.name, spec.dataset, ", ".join(method.name for method in methods))
+        scores = one.run(methods, cells, spec.params, seed)
+        for method, score in scores.items():
+            _require_numbers(score, f"{spec.name} of {method}")
+        results += _results(spec.name, spec.dataset, scores, seed)
     return results
 
 
-def all_counts(data: AnnData | str | Path, layer: str | None) -> sparse.csr_matrix:
-    """All counts of a data set, over all genes it measured: float32 CSR (n_cells, n_genes), in memory."""
-    matrix = open_matrix(data, layer)
-    indptr, indices, values = matrix.read(np.arange(matrix.n_cells))
-    return sparse.csr_matrix((values, indices, indptr), shape=(matrix.n_cells, matrix.n_genes))
+def _results(name: str, dataset: str, scores: dict[str, Scores], seed: int) -> list[BenchmarkResult]:
+    """One result for each method; the model's is compared with the best baseline."""
+    return [
+        BenchmarkResult(
+            name,
+            dataset,
+            method,
+            dict(score.metrics),
+            is_baseline=method != "model",
+            intervals={metric: list(ends) for metric, ends in score.intervals.items()},
+            comparison=_comparison(scores, seed) if method == "model" else None,
+            details=dict(score.details),
+        )
+        for method, score in scores.items()
+    ]
 
 
-def write_results(results: list[BenchmarkResult], output: str | Path, facts: dict[str, Any]) -> None:
-    """Write results as JSON: facts, versions, and one record per benchmark and method."""
-    versions = {name: importlib.metadata.version(name) for name in ("scmodelforge", "torch", "scikit-learn")}
-    record = {**facts, "versions": versions, "results": [vars(result) for result in results]}
-    write_text(output, json.dumps(record, indent=2) + "\n")
+def _comparison(scores: dict[str, Scores], seed: int) -> dict[str, Any] | None:
+    """Compare the model with the baseline that has the best mean over units in the first metric that has units."""
+    ours = scores["model"].units
+    for metric in ours:
+        rivals = {
+            name: score.units[metric]
+            for name, score in scores.items()
+            if name != "model" and metric in score.units
+        }
+        if rivals:
+            best = max(rivals, key=lambda name: float(rivals[name].mean()))
+            test = paired_test(ours[metric], rivals[best], seed)
+            return {"metric": metric, "baseline": best, **test._asdict(), "interval": list(test.interval)}
+    return None
+
+
+def _require_numbers(scores: Scores, what: str) -> None:
+    figures = {**scores.metrics, **{f"interval of {name}": ends for name, ends in scores.intervals.items()}}
+    broken = [
+        name
+        for name, value in figures.items()
+        for number in (value if isinstance(value, tuple | list) else (value,))
+        if not isinstance(number, str) and not math.isfinite(number)
+    ]
+    if broken:
+        raise DataError(
+            f"{', '.join(dict.fromkeys(broken))} of the benchmark {what} is not a number.\n"
+            "Most often the cells are too few or all alike: look at the labels, or leave the benchmark out."
+        )
+
+
+class _Notes(logging.Handler):
+    """Collects what is said about the evaluation, and all warnings; not what only says how far it is."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        of_evaluation = record.name.startswith("scmodelforge.evaluation") and record.name != __name__
+        if of_evaluation or record.levelno >= logging.WARNING:
+            self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _collected_notes() -> Iterator[list[str]]:
+    handler, logger = _Notes(), logging.getLogger("scmodelforge")
+    evaluation, level = (
+        logging.getLogger("scmodelforge.evaluation"),
+        logging.getLogger("scmodelforge.evaluation").level,
+    )
+    logger.addHandler(handler)
+    evaluation.setLevel(logging.INFO)  # also where nobody has set up messages, as in a notebook
+    try:
+        yield handler.messages
+    finally:
+        evaluation.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def write_results(evaluation: Evaluation, output: str | Path, facts: dict[str, Any]) -> None:
+    """Write results as JSON: facts, versions, notes, and one record per benchmark and method."""
+    versions = {}
+    for package in VERSIONS_OF:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    record = {**facts, "versions": versions, **asdict(evaluation)}
+    write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -9,15 +9,35 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from scmodelforge.config import LinearProbeParams
+from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.errors import DataError
+from scmodelforge.evaluation.collapse import collapse
 
 log = logging.getLogger(__name__)
 
+GROUP_COLUMNS = {  # obs columns that are known by their names, in lower case; the first kind that there is decides
+    "donor": (
+        "donor_id",
+        "donor",
+        "individual_id",
+        "individual",
+        "patient_id",
+        "patient",
+        "subject_id",
+        "subject",
+    ),
+    "batch": ("batch", "batch_id", "library_id", "library", "sample_id", "sample", "channel", "run"),
+    "dataset": ("dataset_id", "dataset", "study_id", "study"),
+}
+AUTO = "auto"
+DRAWS_COMPARED = (
+    5  # of these the most even one is kept; of more, with few groups, it would always be the same
+)
 DRAWS_PER_SPLIT = 50  # group splits tried for each one kept, to find one that trains on every class
 
 
@@ -146,13 +166,68 @@ def usable_groups(obs: pd.DataFrame, key: str, where: str) -> np.ndarray:
     return groups
 
 
+def group_column(obs: pd.DataFrame, kinds: Sequence[str] = tuple(GROUP_COLUMNS)) -> str | None:
+    """The first column of `obs` that is known to name donors, batches or data sets and has two or more of them.
+
+    Columns with missing values are passed over, which is said; None if there is none.
+    """
+    by_name = {str(column).lower(): str(column) for column in obs.columns}
+    for key in (by_name[name] for kind in kinds for name in GROUP_COLUMNS[kind] if name in by_name):
+        column = pd.Categorical(obs[key])
+        if missing := int((column.codes < 0).sum()):
+            log.info("obs['%s'] is empty for %s cells, so it is not taken for groups", key, missing)
+        elif len(np.unique(column.codes)) > 1:
+            return key
+    return None
+
+
+def probe_groups(
+    obs: pd.DataFrame, labels: np.ndarray, params: LinearProbeParams, where: str
+) -> tuple[str | None, np.ndarray | None]:
+    """Decide what a split keeps whole: the column and int64 (n_cells) group numbers, or (None, None) for cells.
+
+    With `group_key: auto` it is the first known column of donors, batches or data sets; a column that says as much as
+    the labels (less than two classes occur in two groups) is no use. What is decided is said.
+
+    Raises
+    ------
+    DataError
+        If a column that was named cannot be used.
+    """
+    if params.group_key != AUTO and params.group_key is not None:
+        return params.group_key, usable_groups(obs, params.group_key, where)
+    key = group_column(obs) if params.group_key == AUTO else None
+    if key is not None:
+        groups = usable_groups(obs, key, where)
+        recurring = (pd.crosstab(labels, groups).to_numpy() > 0).sum(axis=1) > 1
+        if recurring.sum() > 1:
+            log.info(
+                "%s: split by obs['%s'] (%s groups), whole groups are held out; group_key names another column, null "
+                "splits by cell",
+                where,
+                key,
+                groups.max() + 1,
+            )
+            return key, groups
+        log.warning("obs['%s'] of %s goes with the labels, so it is not taken for the split", key, where)
+    reason = "no usable column of donors, batches or data sets" if params.group_key == AUTO else "as asked"
+    log.warning(
+        "%s: split by cell (%s). Cells of one donor are alike, so that all figures flatter; name a column of donors as "
+        "group_key if there is one.",
+        where,
+        reason,
+    )
+    return None, None
+
+
 def probe_splits(
     labels: np.ndarray, params: LinearProbeParams, groups: np.ndarray | None, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draw `params.n_splits` random splits into training and test cells.
 
-    By cell, each class keeps its share on both sides. By group, whole groups are drawn at random and
-    never the same ones twice; of many draws the first is kept that takes the fewest classes from training.
+    By cell, each class keeps its share on both sides. By group, whole groups are drawn at random and never the same
+    ones twice; of many draws the one is kept that takes the fewest classes from training and, of these, whose test
+    cells have most nearly `test_size` of each class.
 
     Parameters
     ----------
@@ -211,8 +286,11 @@ def _group_splits(
         untrained = (present[draws].sum(1) == present.sum(0)).sum(
             1
         )  # classes that a draw takes from training
+        share = present[draws].sum(1) / present.sum(0)  # of each class that a draw tests
+        uneven = np.abs(share - params.test_size).mean(1)
         repeated = np.array([draw.tobytes() in used for draw in draws])
-        best = np.lexsort((repeated, untrained))[0]  # stable: the first of equals, so still a random draw
+        first = np.lexsort((repeated, untrained))[:DRAWS_COMPARED]  # stable: of equals those drawn first
+        best = first[np.lexsort((uneven[first], repeated[first], untrained[first]))[0]]
         if repeated[best]:
             log.info("%s groups give %s different splits, not %s", n_groups, len(splits), params.n_splits)
             break
@@ -225,8 +303,8 @@ def _group_splits(
     return splits
 
 
-def check_embedding(embedding: np.ndarray, n_cells: int) -> None:
-    """Raise `DataError` unless `embedding` is (n_cells, d) and finite; warn where all cells are alike."""
+def check_embedding(embedding: np.ndarray, n_cells: int, method: str = "model") -> None:
+    """Raise `DataError` unless `embedding` is (n_cells, d), finite and not collapsed (see `collapse`)."""
     if embedding.ndim != 2 or len(embedding) != n_cells:
         raise DataError(
             f"An embedding of shape {embedding.shape} does not fit {n_cells:,} cells: one row each."
@@ -238,7 +316,12 @@ def check_embedding(embedding: np.ndarray, n_cells: int) -> None:
             "The model has probably diverged: look at its training loss, lower the learning rate, or train "
             "with precision 32-true."
         )
-    if not np.ptp(embedding, axis=0).any():
-        log.warning(
-            "all %s cells have the same embedding: the model has collapsed, scores mean nothing", n_cells
+    if reason := collapse(embedding):
+        remedy = (
+            "Look at the model's training loss: train longer, or with a lower learning rate."
+            if method == "model"
+            else f"Leave '{method}' out of eval.baselines."
+        )
+        raise DataError(
+            f"The embedding of '{method}' has collapsed: {reason}.\nScores of it would say nothing. {remedy}"
         )
