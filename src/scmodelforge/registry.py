@@ -64,5 +64,8 @@ BENCHMARKS = Registry(
     {
         "linear_probe": "scmodelforge.evaluation.linear_probe:linear_probe",
         "embedding_quality": "scmodelforge.evaluation.embedding_quality:embedding_quality",
+        "perturbation": "scmodelforge.evaluation.perturbation:perturbation",
+        "masked_prediction": "scmodelforge.evaluation.masked_prediction:masked_prediction",
+        "gene_embedding": "scmodelforge.evaluation.gene_embedding:gene_embedding",
     },
 )
