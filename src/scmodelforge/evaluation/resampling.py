@@ -1,4 +1,4 @@
-"""Bootstrap intervals (Efron 1979): units, such as cells or genes, are drawn with replacement, figures computed anew."""
+"""Bootstrap intervals (Efron 1979): cells, genes or other units are drawn with replacement, figures computed anew."""
 
 from __future__ import annotations
 
