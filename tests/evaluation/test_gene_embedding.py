@@ -13,6 +13,7 @@ import torch
 from scipy import sparse
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from scmodelforge import registry
 from scmodelforge.config_eval_gene_embedding import GeneEmbeddingParams
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation.benchmark import EvaluationCells, Method
@@ -88,6 +89,7 @@ def test_planted_modules_are_found_and_noise_is_chance(tmp_path):
     centres = rng.normal(size=(N_MODULES, 16))
     bundle = bundle_with(centres[MODULE] + 0.1 * rng.normal(size=(N_GENES, 16)))
     params, cells = written(tmp_path / "modules.tsv", within(MODULE)), cells_of(bundle, some_cells())
+    assert registry.BENCHMARKS.load("gene_embedding") is gene_embedding
     gene_embedding.check(cells, params, 0)
     methods = [
         Method("model", False, None, bundle),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from scmodelforge import registry
 from scmodelforge.config_eval_masked_prediction import MaskedPredictionParams
 from scmodelforge.data.order import VALIDATION_EPOCH
 from scmodelforge.errors import DataError
@@ -254,6 +255,7 @@ def test_reference_and_scored_cells_are_apart():
 
 
 def test_too_few_cells_are_refused():
+    assert registry.BENCHMARKS.load("masked_prediction") is masked_prediction
     of = evaluation_cells(bundle_of(ALLOWED[0]), cells()[:19])
     with pytest.raises(
         DataError, match=r"divides the 19 cells of made-up cells into 10 to take means from and 9"

@@ -84,7 +84,9 @@ class PerturbationBenchmark:
             if names:
                 shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
                 log.warning("%s: perturbations that %s are left out: %s", cells.where, why, shown)
-        truth = measured_changes(cells.store.matrices[0], usable.group, usable.names, params.n_top_genes)
+        truth = measured_changes(
+            cells.store.matrices[0], usable.group, usable.names, params.n_top_genes, seed
+        )
         folds = held_out(len(usable.names), params.n_folds, seed)
         place, n_genes = cells.store.matches[0].gene_index[truth.columns], cells.store.vocab.n_genes
         unmeasured = usable.genes[:, np.setdiff1d(np.arange(n_genes), place)].getnnz(axis=1) > 0

@@ -26,6 +26,7 @@ from scmodelforge.evaluation.resampling import mean_interval
 from scmodelforge.evaluation.splits import obs_column
 
 METRICS = ("pearson", "mse", "pearson_top", "mse_top", "direction_accuracy", "energy_distance")
+CELLS_AT_ONCE = 4096
 DISTANCE_CELLS = 300  # of each perturbation, and of the control, between which distances are taken
 PCA_CELLS = 5000  # that the space of the distances is fitted on
 PCA_COMPONENTS = 50
@@ -33,7 +34,7 @@ PCA_COMPONENTS = 50
 
 @dataclass(frozen=True)
 class MeasuredChanges:
-    """What perturbations did, as it was measured.
+    """What perturbations did, as it was measured; the first row of all but `names` and `top` is the control.
 
     Attributes
     ----------
@@ -41,38 +42,33 @@ class MeasuredChanges:
         The perturbations, ascending.
     columns
         int64 (n_genes): columns of the matrix, those of the genes that some cell expresses.
-    expression
-        float32 CSR (n_cells, n_genes): log-normalized cells, control and perturbed.
-    group
-        int64 (n_cells): perturbation of each cell, -1 for control.
+    n_cells
+        int64 (1 + n_perturbations).
+    means, variances
+        float64 (1 + n_perturbations, n_genes): of log-normalized expression, over cells.
+    drawn, drawn_group
+        float32 CSR (n, n_genes) and int64 (n): some cells of each, and whose they are: -1 for control.
     n_top
         How many genes count as those that change most.
     """
 
     names: list[str]
     columns: np.ndarray
-    expression: sparse.csr_matrix
-    group: np.ndarray
+    n_cells: np.ndarray
+    means: np.ndarray
+    variances: np.ndarray
+    drawn: sparse.csr_matrix
+    drawn_group: np.ndarray
     n_top: int
 
-    @cached_property
-    def n_cells(self) -> np.ndarray:
-        """int64 (1 + n_perturbations): cells of the control, then of each perturbation."""
-        return np.bincount(self.group + 1, minlength=1 + len(self.names))
-
-    @cached_property
-    def means(self) -> np.ndarray:
-        """float64 (1 + n_perturbations, n_genes): mean expression of the control, then of each perturbation."""
-        return self._means(self.expression)
-
-    @cached_property
+    @property
     def control(self) -> np.ndarray:
         """float64 (n_genes): mean expression of the control cells."""
         return self.means[0]
 
     @cached_property
     def changes(self) -> np.ndarray:
-        """float64 (n_perturbations, n_genes)."""
+        """float64 (n_perturbations, n_genes): mean expression minus that of the control."""
         return self.means[1:] - self.control
 
     @cached_property
@@ -80,24 +76,23 @@ class MeasuredChanges:
         """int64 (n_perturbations, n_top): genes with the largest |t| of Welch's test against the control cells."""
         from scipy.stats import ttest_ind_from_stats
 
+        spread = np.sqrt(self.variances.clip(min=np.finfo(np.float32).eps))  # of what nobody expresses: t = 0
         n = self.n_cells[:, None]
-        variance = (self._means(self.expression.power(2)) - self.means**2).clip(min=0) * n / (n - 1)
-        spread = np.sqrt(variance.clip(min=np.finfo(np.float32).eps))  # a gene that nobody expresses: t = 0
         t, _ = ttest_ind_from_stats(
             self.means[1:], spread[1:], n[1:], self.means[0], spread[0], n[0], equal_var=False
         )
         return np.argsort(-np.abs(t), axis=1, kind="stable")[:, : self.n_top]
 
-    def _means(self, values: sparse.csr_matrix) -> np.ndarray:
-        cell = np.arange(len(self.group))
-        one_hot = sparse.csr_matrix((np.ones(len(cell)), (self.group + 1, cell)))
-        return (one_hot @ values.astype(np.float64)).toarray() / self.n_cells[:, None]
-
 
 def measured_changes(
-    matrix: Matrix, group: np.ndarray, names: Sequence[str], n_top: int, genes: np.ndarray | None = None
+    matrix: Matrix,
+    group: np.ndarray,
+    names: Sequence[str],
+    n_top: int,
+    seed: int,
+    genes: np.ndarray | None = None,
 ) -> MeasuredChanges:
-    """Read and log-normalize the cells of some perturbations and of the control.
+    """Measure the changes of some perturbations, reading some thousand cells at a time.
 
     Parameters
     ----------
@@ -105,6 +100,8 @@ def measured_changes(
         Raw counts; or log1p values, which are taken as they are.
     group
         int64 (n_cells of the matrix): number of the perturbation in `names`, -1 for control, -2 for cells to leave out.
+    seed
+        Seed of the cells that are drawn.
     genes
         bool (n_genes of the matrix): genes to look at; None: all. Those that no cell expresses are left out.
 
@@ -113,30 +110,57 @@ def measured_changes(
     DataError
         If the matrix holds neither counts nor their logarithms.
     """
-    rows = np.flatnonzero(group >= -1)
-    block = matrix.read(rows)
-    require_finite(matrix, rows, block)
-    values = block.data
     state = matrix_state(matrix)
     if state.kind != "log1p":
         require_counts(matrix, state)
+    rows = np.flatnonzero(group >= -1)
+    n_cells = np.bincount(group[rows] + 1, minlength=1 + len(names))
+    totals = np.zeros((1 + len(names), matrix.n_genes))
+    squares = np.zeros_like(totals)
+    for start in range(0, len(rows), CELLS_AT_ONCE):
+        some = rows[start : start + CELLS_AT_ONCE]
+        expression = _log_expression(matrix, some, state.kind != "log1p").astype(np.float64)
+        present, at = np.unique(group[some] + 1, return_inverse=True)
+        one_hot = sparse.csr_matrix((np.ones(len(some)), (at, np.arange(len(some)))))
+        totals[present] += (one_hot @ expression).toarray()
+        squares[present] += (one_hot @ expression.power(2)).toarray()
+    kept = totals.any(axis=0) if genes is None else totals.any(axis=0) & genes
+    columns = np.flatnonzero(kept)
+    if len(columns) < 2:
+        raise DataError(f"The cells of '{matrix.name}' express {len(columns)} of the genes; two are needed.")
+    n = n_cells[:, None]
+    means = totals[:, columns] / n
+    drawn = _drawn(group, seed)
+    return MeasuredChanges(
+        names=list(names),
+        columns=columns,
+        n_cells=n_cells,
+        means=means,
+        variances=(squares[:, columns] / n - means**2) * n / (n - 1),
+        drawn=_log_expression(matrix, drawn, state.kind != "log1p")[:, columns],
+        drawn_group=group[drawn],
+        n_top=min(n_top, len(columns)),
+    )
+
+
+def _log_expression(matrix: Matrix, rows: np.ndarray, from_counts: bool) -> sparse.csr_matrix:
+    """log1p of counts per 10,000, or the values as they are: float32 CSR (n_rows, n_genes)."""
+    block = matrix.read(rows)
+    require_finite(matrix, rows, block)
+    values = block.data
+    if from_counts:
         library = row_sums(block) if matrix.library_size is None else matrix.library_size[rows]
         values = np.log1p(values / np.repeat(library, np.diff(block.indptr)) * TARGET_SUM)
     shape = (len(rows), matrix.n_genes)
-    expression = sparse.csr_matrix((values.astype(np.float32), block.indices, block.indptr), shape)
-    kept = expression.getnnz(axis=0) > 0
-    if genes is not None:
-        kept &= genes
-    kept = np.flatnonzero(kept)
-    if len(kept) < 2:
-        raise DataError(f"The cells of '{matrix.name}' express {len(kept)} of the genes; two are needed.")
-    return MeasuredChanges(
-        names=list(names),
-        columns=kept,
-        expression=expression[:, kept],
-        group=group[rows],
-        n_top=min(n_top, len(kept)),
-    )
+    return sparse.csr_matrix((values.astype(np.float32), block.indices, block.indptr), shape)
+
+
+def _drawn(group: np.ndarray, seed: int) -> np.ndarray:
+    """Rows of at most `DISTANCE_CELLS` cells of each group, drawn at random: int64, ascending."""
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(group >= -1))
+    order = order[np.argsort(group[order], kind="stable")]
+    first = np.searchsorted(group[order], group[order])  # where the group begins
+    return np.sort(order[np.arange(len(order)) - first < DISTANCE_CELLS])
 
 
 def perturbation_groups(
@@ -186,7 +210,7 @@ def score_changes(predicted: np.ndarray, truth: MeasuredChanges, seed: int) -> S
     predicted
         float (n_perturbations, n_genes): predicted minus control, in log-normalized expression.
     seed
-        Seed of the cells that distances are taken between, and of the bootstrap.
+        Seed of the bootstrap.
 
     Returns
     -------
@@ -217,7 +241,7 @@ def score_changes(predicted: np.ndarray, truth: MeasuredChanges, seed: int) -> S
     }
     facts = {
         "n_perturbations": len(truth.names),
-        "n_cells": len(truth.group),
+        "n_cells": int(truth.n_cells.sum()),
         "n_control": int(truth.n_cells[0]),
         "n_genes": len(truth.columns),
         "n_top_genes": truth.n_top,
@@ -236,35 +260,24 @@ def energy_distances(predicted: np.ndarray, truth: MeasuredChanges, seed: int) -
 
     Predicted cells are control cells, each moved by the predicted change. 2 E|x − y| − E|x − x'| − E|y − y'| with
     Euclidean distances (Székely & Rizzo 2013) between at most `DISTANCE_CELLS` cells on each side, drawn at random,
-    in the space of the first principal components (at most 50) of all cells. It is 0 where both are alike.
+    in the space of the first principal components (at most 50) of these cells. It is 0 where both are alike.
     """
     from scipy.spatial.distance import cdist
-
-    control, cells, components = truth_space(truth, seed)
-    shifts = (predicted @ components)[:, None]
-    within = cdist(control, control).mean()  # moving all of them changes nothing
-    return np.array(
-        [
-            2 * cdist(control + shift, points).mean() - within - cdist(points, points).mean()
-            for shift, points in zip(shifts, cells, strict=True)
-        ]
-    )
-
-
-def truth_space(truth: MeasuredChanges, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Places of some control cells (n, d), of some cells of each perturbation, and the components (n_genes, d)."""
     from sklearn.decomposition import PCA
 
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(truth.group))
-    by_group = order[np.argsort(truth.group[order], kind="stable")]
-    ends = np.cumsum(truth.n_cells)
-    drawn = [by_group[end - n : end][:DISTANCE_CELLS] for end, n in zip(ends, truth.n_cells, strict=True)]
-    fitted = truth.expression[order[:PCA_CELLS]]
-    pca = PCA(min(PCA_COMPONENTS, min(fitted.shape) - 1), svd_solver="arpack", random_state=seed)
-    pca.fit(fitted.astype(np.float64))
-    places = [truth.expression[rows] @ pca.components_.T for rows in drawn]
-    return places[0], places[1:], pca.components_.T
+    n_components = min(PCA_COMPONENTS, min(truth.drawn.shape) - 1)
+    some = np.random.default_rng(seed).permutation(len(truth.drawn_group))[:PCA_CELLS]
+    pca = PCA(min(n_components, len(some) - 1), svd_solver="arpack", random_state=seed)
+    pca.fit(truth.drawn[some].astype(np.float64))
+    places = truth.drawn @ pca.components_.T
+    control = places[truth.drawn_group == -1]
+    within = cdist(control, control).mean()  # moving all of them changes nothing
+    shifts = predicted @ pca.components_.T
+    distances = np.empty(len(truth.names))
+    for number, shift in enumerate(shifts):
+        cells = places[truth.drawn_group == number]
+        distances[number] = 2 * cdist(control + shift, cells).mean() - within - cdist(cells, cells).mean()
+    return distances
 
 
 def score_perturbations(
@@ -316,7 +329,9 @@ def score_perturbations(
     renumbered = np.full(len(names) + 2, -2)  # its last two are for -2 and -1
     renumbered[-1] = -1
     renumbered[[names.index(name) for name in asked]] = np.arange(len(asked))
-    truth = measured_changes(matrix, renumbered[group], asked, n_top_genes, genes.isin(predicted.columns))
+    truth = measured_changes(
+        matrix, renumbered[group], asked, n_top_genes, seed, genes.isin(predicted.columns)
+    )
     values = predicted.loc[asked, genes[truth.columns]].to_numpy(np.float64)
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
