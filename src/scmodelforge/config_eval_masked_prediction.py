@@ -19,7 +19,7 @@ class MaskedPredictionParams(Section):
         description="Share of the cells that the baseline of means is taken from; the others are scored.",
     )
     max_cells: int = Field(
-        2000, ge=20, description="Of more cells so many are drawn at random, on each side."
+        1000, ge=20, description="Of more cells so many are drawn at random, on each side."
     )
 
 
