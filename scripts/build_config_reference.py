@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from scmodelforge.config import Config, EmbeddingQualitySpec, LinearProbeSpec
+from scmodelforge.config import BenchmarkSpec, Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 INTRO = """\
@@ -120,7 +120,7 @@ def reference() -> str:
     for name, info in Config.model_fields.items():
         lines += _page_section(f"## `{name}`", _sections(info.annotation)[0], f"{name}.")
     lines += ["", BETWEEN.rstrip("\n")]
-    for spec in (LinearProbeSpec, EmbeddingQualitySpec):
+    for spec in _sections(BenchmarkSpec):
         name = typing.get_args(spec.model_fields["name"].annotation)[0]
         lines += _page_section(
             f"### `{name}`", _sections(spec.model_fields["params"].annotation)[0], "params."

@@ -13,6 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from scmodelforge import registry
 from scmodelforge.config_census import CensusConfig
+from scmodelforge.config_eval_gene_embedding import GeneEmbeddingSpec
+from scmodelforge.config_eval_masked_prediction import MaskedPredictionSpec
+from scmodelforge.config_eval_perturbation import PerturbationSpec
 from scmodelforge.config_misfit import misfit
 from scmodelforge.config_model import ModelConfig
 from scmodelforge.config_presets import PRESETS
@@ -327,7 +330,10 @@ class EmbeddingQualitySpec(Section):
     params: EmbeddingQualityParams = Field(default_factory=EmbeddingQualityParams)
 
 
-BenchmarkSpec = Annotated[LinearProbeSpec | EmbeddingQualitySpec, Field(discriminator="name")]
+BenchmarkSpec = Annotated[
+    LinearProbeSpec | EmbeddingQualitySpec | MaskedPredictionSpec | PerturbationSpec | GeneEmbeddingSpec,
+    Field(discriminator="name"),
+]
 
 
 def _only_linear_probe() -> list[BenchmarkSpec]:

@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scmodelforge import registry
-from scmodelforge.config import Config, EmbeddingQualitySpec
+from scmodelforge.config import Config, EmbeddingQualitySpec, LinearProbeSpec
 from scmodelforge.data.sources import open_matrix
 from scmodelforge.errors import require_extra
 from scmodelforge.evaluation.baselines import pca_embedding
@@ -86,7 +86,7 @@ def benchmark(
     for spec in config.eval.benchmarks:  # labels are cheap to check, embedding all cells is not
         if isinstance(spec, EmbeddingQualitySpec):
             quality_cells(store.obs, spec.params, config.eval.seed, where)
-        else:
+        elif isinstance(spec, LinearProbeSpec):
             probe_cells(store.obs, spec.params, config.eval.seed, where)
 
     embeddings = {"model": embed_store(bundle, store, config.eval.batch_size)}
