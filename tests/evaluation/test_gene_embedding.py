@@ -114,9 +114,9 @@ def test_planted_modules_are_found_and_noise_is_chance(tmp_path):
 
 
 def test_intervals_of_chance_hold_chance():
-    """95 % intervals of random vectors: in 40 networks, 0.5 should be outside of about two."""
+    """95 % intervals of random vectors: in 30 networks, 0.5 should be outside of one or two."""
     missed = 0
-    for seed in range(40):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
         pairs = within(rng.integers(0, 10, 60))
         drawn = degree_matched_pairs(pairs, pairs, 60, seed)
@@ -126,7 +126,7 @@ def test_intervals_of_chance_hold_chance():
         scores = score_pairs(cosines(vectors, true), cosines(vectors, false), true, false, {}, seed)
         low, high = scores.intervals["auroc"]
         missed += not low <= 0.5 <= high
-    assert missed <= 6
+    assert missed <= 4
 
 
 def test_genes_that_no_cell_expresses_are_left_out(tmp_path):

@@ -2,12 +2,12 @@
 
 True pairs are those of the network whose genes the model knows and the cells express; as many random pairs, in which
 each gene is as frequent as in the true ones, stand against them (`gene_network.py`). AUROC is the chance that a true
-pair is more alike than a random one, AUPRC the average precision; 0.5 is chance for both, as there are as many of each.
+pair is more alike than a random one, AUPRC the average precision; chance is 0.5 for both, as there are as many of each.
 
 Rivals: the embeddings of the untrained model, `coexpression_pca` (the genes' loadings on the principal components of
-standardized log-normalized expression in these cells, whose cosine is a smoothed correlation), and `degree`, which says
-how many partners the two genes have: with these random pairs it should know nothing, and stands there to show it (the
-mean of its logarithm is the same on both sides).
+standardized log-normalized expression in these cells, whose cosine is a smoothed correlation), and `degree`, the
+product of both genes' numbers of partners. The mean of its logarithm is the same on both sides. What it scores above 0.5 comes
+from hubs that pair with hubs, as in a network of modules of unequal size, and says how much that gives away.
 
 Pairs that share a gene are not independent. So intervals are drawn over genes: a pair counts as often as both of its
 genes are drawn, the numbers multiplied (the vertex bootstrap of Snijders & Borgatti 1999). They are on the safe side:

@@ -22,7 +22,9 @@ from scmodelforge.tokenizers.packed import PackedQueries, PackedTokens
 
 N_RANGES = 16  # of ranks; the last one begins at 2**15 - 1
 RARE = 0.1  # answers that each token is given beforehand, so that none is impossible
-SHRINKAGE = 100.0  # answers at all ranks that are added to those of a range of ranks
+SHRINKAGE = (
+    1e4  # answers at all ranks that are added to those of a range: of 100, 1,000, … the best on blood cells
+)
 VALUE_SHRINKAGE = 1.0  # values of all genes that are added to those of a gene
 BIN_SHRINKAGE = 10.0  # the same where all bins are to be told
 
