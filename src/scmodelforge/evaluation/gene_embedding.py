@@ -6,8 +6,8 @@ pair is more alike than a random one, AUPRC the average precision; chance is 0.5
 
 Rivals: the embeddings of the untrained model, `coexpression_pca` (the genes' loadings on the principal components of
 standardized log-normalized expression in these cells, whose cosine is a smoothed correlation), and `degree`, the
-product of both genes' numbers of partners. The mean of its logarithm is the same on both sides. What it scores above 0.5 comes
-from hubs that pair with hubs, as in a network of modules of unequal size, and says how much that gives away.
+product of both genes' numbers of partners. The mean of its logarithm is the same on both sides. What it scores above
+0.5 comes from hubs that pair with hubs, as in a network of modules of unequal size, and says how much that gives away.
 
 Pairs that share a gene are not independent. So intervals are drawn over genes: a pair counts as often as both of its
 genes are drawn, the numbers multiplied (the vertex bootstrap of Snijders & Borgatti 1999). They are on the safe side:
