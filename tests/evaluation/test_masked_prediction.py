@@ -102,6 +102,7 @@ def test_every_task_has_figures_and_a_baseline(row):
         low, high = scores.intervals["loss"]
         assert low < scores.metrics["loss"] < high
         assert scores.units["loss"].shape == (40,)
+        assert next(iter(scores.units)) in ("top1_accuracy", "pearson")
         assert scores.units["loss"].mean() == pytest.approx(scores.metrics["loss"], rel=1e-2)
 
 

@@ -40,6 +40,7 @@ AUXILIARY = ("cell_expression", "cell_nonzero", "ecs", "batch")  # losses of the
 REFERENCE_BATCH = 64
 REFERENCE_EPOCHS = 4  # each reference cell is asked so often, each time about other genes
 COUNTS = ("n_asked", "n_values")
+LESS_IS_BETTER = ("loss", "perplexity", "mse", "mae", "count_nll")
 
 
 class MaskedPredictionBenchmark:
@@ -167,6 +168,7 @@ def task_scores(task: Objective, sums: np.ndarray, facts: dict[str, float | int 
 
     The unit of a cell is its jackknife pseudo-value n θ − (n − 1) θ₋ᵢ (Tukey 1958), where θ is the metric of all cells
     and θ₋ᵢ that without this one: their mean is θ but for terms of the order of 1/n, whatever the metric is made of.
+    Metrics of which more is better come first among the units, as comparisons look at the first one.
 
     Parameters
     ----------
@@ -184,7 +186,9 @@ def task_scores(task: Objective, sums: np.ndarray, facts: dict[str, float | int 
         draws = np.array([others[name] for others in drawn])
         if np.isfinite(draws).all():
             intervals[name] = interval(draws)
-    units = {name: values for name, values in units.items() if np.isfinite(values).all()}
+    units = {
+        name: units[name] for name in sorted(units, key=_less_is_better) if np.isfinite(units[name]).all()
+    }
     said: dict[str, float | int | str] = {
         name: value if np.isfinite(value) else "undefined: nothing varies, or nothing was asked"
         for name, value in metrics.items()
@@ -198,6 +202,10 @@ def _metrics(task: Objective, sums: np.ndarray) -> dict[str, float]:
     """The metrics without the parts of the loss that are left out."""
     metrics = task.metrics(torch.from_numpy(sums))
     return {name: value for name, value in metrics.items() if name.removesuffix("_loss") not in AUXILIARY}
+
+
+def _less_is_better(metric: str) -> bool:
+    return metric.endswith(LESS_IS_BETTER)
 
 
 masked_prediction = MaskedPredictionBenchmark()
