@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from scmodelforge.data.check import check as check
     from scmodelforge.errors import UserError as UserError
     from scmodelforge.evaluation.harness import benchmark as benchmark
+    from scmodelforge.evaluation.perturbation_metrics import score_perturbations as score_perturbations
     from scmodelforge.finetuning.run import finetune as finetune
     from scmodelforge.genes.vocab import GeneVocab as GeneVocab
     from scmodelforge.inference import annotate as annotate
@@ -58,6 +59,7 @@ _HOME = {
     "push": "models.hub",
     "perturb": "perturbation.run",
     "save_bundle": "models.bundle",
+    "score_perturbations": "evaluation.perturbation_metrics",
     "tokens": "inference",
     "train": "training.run",
     "write_benchmark_report": "report.benchmark_page",

@@ -12,10 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     SerializeAsAny,
-    Tag,
     ValidationInfo,
     field_validator,
     model_validator,

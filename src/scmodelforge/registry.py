@@ -152,6 +152,9 @@ BENCHMARKS = Registry(
         "linear_probe": "scmodelforge.evaluation.linear_probe:BENCHMARK",
         "embedding_quality": "scmodelforge.evaluation.embedding_quality:BENCHMARK",
         "knn_annotation": "scmodelforge.evaluation.knn_annotation:BENCHMARK",
+        "perturbation": "scmodelforge.evaluation.perturbation:perturbation",
+        "masked_prediction": "scmodelforge.evaluation.masked_prediction:masked_prediction",
+        "gene_embedding": "scmodelforge.evaluation.gene_embedding:gene_embedding",
     },
     "scmodelforge.benchmarks",
 )

@@ -74,6 +74,12 @@ def bootstrap(
     return np.concatenate(parts)
 
 
+def resampled(n_units: int, seed: int) -> np.ndarray:
+    """How often each unit is drawn, float64 (N_RESAMPLES, n_units), for figures that no sums over units give."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=N_RESAMPLES).astype(np.float64)
+
+
 def interval(figures: np.ndarray) -> tuple[float, float]:
     """The central 95 % of resampled figures (n_resamples)."""
     low, high = np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
