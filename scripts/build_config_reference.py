@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from scmodelforge.config import Config
-from scmodelforge.config_eval import BenchmarkSpec
+from scmodelforge.config_eval import BuiltInSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 INTRO = """\
@@ -121,7 +121,7 @@ def reference() -> str:
     for name, info in Config.model_fields.items():
         lines += _page_section(f"## `{name}`", _sections(info.annotation)[0], f"{name}.")
     lines += ["", BETWEEN.rstrip("\n")]
-    for spec in _sections(BenchmarkSpec):
+    for spec in _sections(BuiltInSpec):
         name = typing.get_args(spec.model_fields["name"].annotation)[0]
         lines += _page_section(
             f"### `{name}`", _sections(spec.model_fields["params"].annotation)[0], "params."

@@ -46,7 +46,9 @@ class Stub:
 
 
 def with_stub(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
-    monkeypatch.setattr(registry, "BENCHMARKS", SimpleNamespace(load=lambda name: stub))
+    monkeypatch.setattr(
+        registry, "BENCHMARKS", SimpleNamespace(load=lambda name: stub, group=registry.BENCHMARKS.group)
+    )
 
 
 def test_every_method_is_scored_on_the_same_cells(pretrained, tmp_path):
