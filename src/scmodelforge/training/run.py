@@ -15,10 +15,12 @@ from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
 from scmodelforge.data.module import CellDataModule
+from scmodelforge.data.training_cells import CellRecorder
 from scmodelforge.errors import ModelError
 from scmodelforge.files import atomic_path
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
+    TRAINING_CELLS,
     ModelBundle,
     config_of,
     load_model,
@@ -165,6 +167,12 @@ def fit(
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
+    earlier = checkpoint[CHECKPOINT_KEY].get(TRAINING_CELLS) if checkpoint else None
+    if earlier:
+        module.description[TRAINING_CELLS] = earlier[:-1]  # the last are those of this run
+    prepared.store.recorder = CellRecorder(
+        prepared.train_rows, bundle.vocab.n_genes, earlier[-1] if earlier else None
+    )
     train_batches, val_batches = choose_batches(bundle, prepared, read_through=checkpoint is None)
     module.description |= {
         "run_dir": str(folders.run),
