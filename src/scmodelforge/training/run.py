@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from anndata import AnnData
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
@@ -33,6 +33,7 @@ from scmodelforge.training.auto_budget import with_chosen_budget
 from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData
+from scmodelforge.training.evaluation import evaluation_callbacks
 from scmodelforge.training.module import TrainingModule
 from scmodelforge.training.pretraining import given_model, set_up, with_budget
 from scmodelforge.training.setup import (
@@ -146,6 +147,7 @@ def train(
             monitor="val_loss",
             resume=resume,
             checkpoint=resumed,
+            callbacks=evaluation_callbacks(config, run.bundle, run.prepared),
             notes=notes,
         )
 
@@ -163,6 +165,7 @@ def fit(
     resume: str | Path | None = None,
     checkpoint: dict[str, Any] | None = None,
     ddp: str = "ddp",
+    callbacks: tuple[Callback, ...] = (),
     notes: list[str],
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
@@ -200,6 +203,7 @@ def fit(
         wait_seconds=lambda: _wait_seconds(trainer),
         resumed_step=checkpoint["global_step"] if checkpoint else 0,
         ddp=ddp,
+        callbacks=callbacks,
     )
     if trainer.is_global_zero:
         create_folders(folders, resumed=checkpoint is not None)
