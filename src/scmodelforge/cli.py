@@ -81,7 +81,7 @@ def train(
     """Pretrain a model on the cells of a config."""
     from scmodelforge.config_io import load_config
 
-    sections = (*MODEL_SECTIONS, "training")
+    sections = (*MODEL_SECTIONS, "training", "eval")
     settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
     from scmodelforge.training.run import train as run
 

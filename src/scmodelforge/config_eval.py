@@ -15,6 +15,7 @@ from pydantic import (
     Tag,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from scmodelforge import registry
@@ -142,3 +143,17 @@ class EvalConfig(Section):
         "extras, harmony (PCA corrected for batches) and scvi (trained on the cells).",
     )
     benchmarks: list[BenchmarkSpec] = Field(default_factory=_only_linear_probe, description="What to run.")
+    every_n_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="During train: score the embeddings of the validation cells every so many epochs; null: do not.",
+    )
+    every_n_steps: int | None = Field(
+        None, ge=1, description="The same every so many optimizer steps; null: do not."
+    )
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> EvalConfig:
+        if self.every_n_epochs is not None and self.every_n_steps is not None:
+            raise ValueError("every_n_epochs and every_n_steps exclude each other: set one of them to null")
+        return self

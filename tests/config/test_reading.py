@@ -237,7 +237,7 @@ def test_everything_wrong_is_listed_at_once_in_the_order_of_the_file(write: Writ
         ),
         (
             "eval: {benchmarks: [{name: scib}]}",
-            "must be one of 'linear_probe', 'embedding_quality', 'masked_prediction', ",
+            "must be one of 'linear_probe', 'knn_annotation', 'embedding_quality', ",
         ),
         ("eval: {benchmarks: [{dataset: x}]}", "eval.benchmarks.0: needs a key 'name' that says what it is"),
         (

@@ -80,7 +80,13 @@ def test_checkpoint_folder_and_round_trip_give_the_same_model(annotator: RunResu
 
 
 def test_a_folder_holds_what_is_needed_and_nothing_else(annotator: RunResult, pretrained: RunResult) -> None:
-    files = {"config.yaml", "model.safetensors", "genes.parquet", "model_card.md"}
+    files = {
+        "config.yaml",
+        "model.safetensors",
+        "genes.parquet",
+        "model_card.md",
+        "training_cells.safetensors",
+    }
     assert {path.name for path in (pretrained.run_dir / "model").iterdir()} == files
     assert {path.name for path in (annotator.run_dir / "model").iterdir()} == files | {"labels.json"}
     card = (annotator.run_dir / "model" / "model_card.md").read_text()

@@ -22,6 +22,7 @@ from scmodelforge.data.matrix import Matrix, Rows
 from scmodelforge.data.open_files import MOST_OPEN
 from scmodelforge.data.sources import Source, open_matrix, sources_of
 from scmodelforge.data.species import species_of_matrices
+from scmodelforge.data.training_cells import CellRecorder
 from scmodelforge.errors import DataError
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes, match_species
 from scmodelforge.genes.tables import SPECIES
@@ -56,6 +57,8 @@ class CellStore:
         int64 (n_files + 1): file `i` holds the cells `offsets[i]:offsets[i + 1]`.
     n_cells
         Number of cells.
+    recorder
+        Is shown every batch that is read, where training records its cells.
     """
 
     def __init__(self, matrices: Sequence[Matrix], matches: Sequence[GeneMatch], vocab: GeneVocab) -> None:
@@ -68,6 +71,7 @@ class CellStore:
         sets, self.set_of_file = _measured_sets(self.matches, vocab.n_genes)
         self.measured_sets = None if sets.all() else sets
         self.sampled: list[state.Sample] = []
+        self.recorder: CellRecorder | None = None
 
     @cached_property
     def obs(self) -> pd.DataFrame:
@@ -131,9 +135,12 @@ class CellStore:
         measured = None
         if self.measured_sets is not None:
             measured = MeasuredGenes(self.measured_sets, self.set_of_file[file_of_row])
-        return CellBatch(
+        cells = CellBatch(
             block.indptr, block.indices, block.data, library_size.astype(np.float32), rows, obs, measured
         )
+        if self.recorder is not None:
+            self.recorder.record(cells)
+        return cells
 
     def _read_file(self, file: int, rows: np.ndarray) -> tuple[Rows, np.ndarray]:
         """Return vocabulary rows and counts of cells of one file, and their library sizes (float64)."""

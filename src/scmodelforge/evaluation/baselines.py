@@ -162,8 +162,7 @@ def harmony_embedding(pca: np.ndarray, batch: np.ndarray, seed: int) -> np.ndarr
     corrected = harmonypy.run_harmony(
         pca, pd.DataFrame({"batch": batch}), "batch", random_state=seed, verbose=False
     )
-    embedding = np.asarray(corrected.Z_corr, dtype=np.float32)
-    return np.ascontiguousarray(embedding if embedding.shape == pca.shape else embedding.T)
+    return np.ascontiguousarray(corrected.Z_corr, dtype=np.float32)
 
 
 def scvi_embedding(cells: EvaluationCells, config: EvalConfig) -> np.ndarray:

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from scmodelforge.config import Config
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation.baselines import baseline_methods, check_baselines
 from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method, Scores
+from scmodelforge.evaluation.seen import SeenCells, seen_cells
 from scmodelforge.evaluation.splits import check_embedding
 from scmodelforge.evaluation.uncertainty import paired_test
 from scmodelforge.files import ensure_target, write_text
@@ -73,10 +74,13 @@ class Evaluation:
         One for each benchmark and method, the model first.
     notes
         What was dropped and why, how it was split, and everything else that was said.
+    seen_cells
+        Cells that the model was trained on; None where it does not know.
     """
 
     results: list[BenchmarkResult]
     notes: list[str]
+    seen_cells: SeenCells | None
 
 
 def benchmark(
@@ -126,7 +130,8 @@ def evaluate(
         store = open_for(bundle, data, config.data)
         cells = EvaluationCells(store, data, config.data.layer, str(store.files[0]))
         results = _run_all(config, bundle, cells)
-    evaluation = Evaluation(results, list(dict.fromkeys(notes)))
+        seen = seen_cells(bundle, cells)
+    evaluation = Evaluation(results, list(dict.fromkeys(notes)), seen)
     if output is not None:
         facts = {
             "model": "memory" if isinstance(model, ModelBundle) else str(model),
@@ -247,5 +252,11 @@ def write_results(evaluation: Evaluation, output: str | Path, facts: dict[str, A
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    record = {**facts, "versions": versions, **asdict(evaluation)}
+    record = {
+        **facts,
+        "versions": versions,
+        "notes": evaluation.notes,
+        "seen_cells": evaluation.seen_cells and evaluation.seen_cells._asdict(),
+        "results": [vars(result) for result in evaluation.results],
+    }
     write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -1,8 +1,9 @@
 """`ModelBundle`: all that is needed to use a model, as a folder or inside a checkpoint.
 
-A folder holds config.yaml, model.safetensors, genes.parquet, labels.json (fine-tuned models) and
-model_card.md. A checkpoint (.ckpt) holds the same as plain types beside the state of the optimizer. Neither
-is ever unpickled: checkpoints are read with `weights_only=True`.
+A folder holds config.yaml, model.safetensors, genes.parquet, labels.json (fine-tuned models),
+training_cells.safetensors (hashes of the cells it was trained on, where they are known) and model_card.md. A checkpoint
+(.ckpt) holds the same as plain types beside the state of the optimizer. Neither is ever unpickled: checkpoints are read
+with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.config_io import differences, load_config, to_yaml
 from scmodelforge.config_plugins import plugin_records, require_plugins
+from scmodelforge.data.training_cells import TrainingCells
 from scmodelforge.errors import ModelError, UserError
 from scmodelforge.files import atomic_path, ensure_writable, write_text
 from scmodelforge.genes.vocab import GeneVocab
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "scmodelforge"
 FORMAT_VERSION = 1
+TRAINING_CELLS = "training_cells"
 ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -75,7 +78,8 @@ class Labels:
 class ModelBundle:
     """A model with what it needs: config, vocabulary and, if fine-tuned, head and labels.
 
-    `source` is the path or address it was loaded from; None: it was made in memory.
+    `source` is the path or address it was loaded from; None: it was made in memory. `trained_on` has an entry for each
+    training whose cells are known by hash.
     """
 
     config: Config
@@ -84,6 +88,7 @@ class ModelBundle:
     labels: Labels | None = None
     head: PredictionHead | None = None
     source: str | None = None
+    trained_on: tuple[TrainingCells, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, as plain types, for a checkpoint."""
@@ -95,6 +100,7 @@ class ModelBundle:
             "labels": None
             if self.labels is None
             else {**asdict(self.labels), "classes": list(self.labels.classes)},
+            TRAINING_CELLS: [cells.to_plain() for cells in self.trained_on],
         }
 
     @property
@@ -238,7 +244,9 @@ def bundle_from_checkpoint(checkpoint: dict[str, Any], where: str) -> ModelBundl
     state = checkpoint["state_dict"]
     if config.finetune.lora.enabled and labels:
         state = _merge_lora(state, config.finetune.lora.alpha / config.finetune.lora.rank)
-    return assemble(config, GeneVocab.from_plain(plain["vocab"]), labels or None, state, where)
+    bundle = assemble(config, GeneVocab.from_plain(plain["vocab"]), labels or None, state, where)
+    trained_on = tuple(TrainingCells.from_plain(cells) for cells in plain.get(TRAINING_CELLS, ()))
+    return replace(bundle, trained_on=trained_on)
 
 
 def assemble(
@@ -312,7 +320,20 @@ def load_model(path: str | Path) -> ModelBundle:
             f"The model folder '{path}' is damaged: genes.parquet is not the vocabulary that the weights in "
             "model.safetensors belong to. Take both files from the same model."
         )
-    return assemble(config, vocab, labels, state, source)
+    return replace(assemble(config, vocab, labels, state, source), trained_on=_read_training_cells(path))
+
+
+def _read_training_cells(folder: Path) -> tuple[TrainingCells, ...]:
+    path = folder / f"{TRAINING_CELLS}.safetensors"
+    if not path.is_file():
+        return ()
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[TRAINING_CELLS])
+            plain = [{**fact, "hashes": file.get_tensor(str(place))} for place, fact in enumerate(facts)]
+            return tuple(TrainingCells.from_plain(cells) for cells in plain)
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"'{path}' is damaged: {error}") from error
 
 
 def with_gene_width_of(config: Config, have: Config) -> Config:
@@ -382,6 +403,11 @@ def save_bundle(
     bundle.vocab.save(folder / "genes.parquet")
     if bundle.labels is not None:
         write_text(folder / "labels.json", json.dumps(bundle.describe()["labels"], indent=2) + "\n")
+    if bundle.trained_on:
+        trained_on = [cells.to_plain() for cells in bundle.trained_on]
+        hashes = {str(place): cells.pop("hashes") for place, cells in enumerate(trained_on)}
+        with atomic_path(folder / f"{TRAINING_CELLS}.safetensors") as temporary:
+            save_file(hashes, temporary, metadata={TRAINING_CELLS: json.dumps(trained_on)})
     write_text(folder / "config.yaml", to_yaml(bundle.config))
     write_text(folder / CARD, model_card(bundle, notes, run))
     return folder

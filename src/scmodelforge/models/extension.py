@@ -86,7 +86,8 @@ def extend_vocabulary(bundle: ModelBundle, sources: Sequence[Source], config: Co
         f"{vocab.n_genes:,}",
     )
     named = {f"model.{name}": tensor for name, tensor in state.items()}
-    return assemble(bundle.config, vocab, None, named, "the model with more genes")
+    grown = assemble(bundle.config, vocab, None, named, "the model with more genes")
+    return replace(grown, trained_on=bundle.trained_on)
 
 
 def new_genes(

@@ -27,7 +27,7 @@ from scmodelforge.models.card import CARD
 log = logging.getLogger(__name__)
 
 NEEDED = ("config.yaml", "model.safetensors", "genes.parquet")
-FILES = (*NEEDED, "labels.json")
+FILES = (*NEEDED, "labels.json", "training_cells.safetensors")
 README = "README.md"  # what the Hub calls the model card
 RECORD = "bundle.json"
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from scmodelforge.config import TrainingConfig
 from scmodelforge.models.base import CellTransformer
-from scmodelforge.models.bundle import CHECKPOINT_KEY, ModelBundle
+from scmodelforge.models.bundle import CHECKPOINT_KEY, TRAINING_CELLS, ModelBundle
 from scmodelforge.models.flops import training_flops
 from scmodelforge.models.objectives.batch import LossTerm, Objective, PackedBatch
 from scmodelforge.models.transformer import Transformer
@@ -91,7 +91,8 @@ class TrainingModule(LightningModule):
         return loss.share
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = self.description
+        earlier, now = self.description[TRAINING_CELLS], self.trainer.datamodule.store.recorder  # type: ignore[attr-defined]
+        checkpoint[CHECKPOINT_KEY] = {**self.description, TRAINING_CELLS: [*earlier, now.to_plain()]}
 
     def flops(self, batch: Any) -> torch.Tensor:
         """FLOPs of a training step, float64 on the device of the batch (see `models/flops.py`)."""

@@ -143,7 +143,7 @@ def set_up(
         plain = resumed[CHECKPOINT_KEY] if resumed else None
         prepared = prepare_data(config, data, GeneVocab.from_plain(plain["vocab"]) if plain else None)
         config, model = _start(config, prepared.vocab, resumed, where)
-    bundle = ModelBundle(config, prepared.vocab, model)
+    bundle = ModelBundle(config, prepared.vocab, model, trained_on=given.trained_on if given else ())
     return Pretraining(
         bundle,
         prepared,

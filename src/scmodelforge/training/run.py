@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from anndata import AnnData
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from scmodelforge.config import Config
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
 from scmodelforge.data.module import CellDataModule
+from scmodelforge.data.training_cells import CellRecorder
 from scmodelforge.errors import ModelError
 from scmodelforge.evaluation.shown_cells import shown_cells, write_cells
 from scmodelforge.files import atomic_path
 from scmodelforge.models.bundle import (
     CHECKPOINT_KEY,
+    TRAINING_CELLS,
     ModelBundle,
     config_of,
     load_model,
@@ -32,6 +34,7 @@ from scmodelforge.training.auto_budget import with_chosen_budget
 from scmodelforge.training.batches import choose_batches
 from scmodelforge.training.callbacks import Interrupted, MetricsFile
 from scmodelforge.training.data import TrainingData
+from scmodelforge.training.evaluation import evaluation_callbacks
 from scmodelforge.training.module import TrainingModule
 from scmodelforge.training.pretraining import given_model, set_up, with_budget
 from scmodelforge.training.setup import (
@@ -145,6 +148,7 @@ def train(
             monitor="val_loss",
             resume=resume,
             checkpoint=resumed,
+            callbacks=evaluation_callbacks(config, run.bundle, run.prepared),
             notes=notes,
         )
 
@@ -162,10 +166,17 @@ def fit(
     resume: str | Path | None = None,
     checkpoint: dict[str, Any] | None = None,
     ddp: str = "ddp",
+    callbacks: tuple[Callback, ...] = (),
     notes: list[str],
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
+    earlier = checkpoint[CHECKPOINT_KEY].get(TRAINING_CELLS) if checkpoint else None
+    if earlier:
+        module.description[TRAINING_CELLS] = earlier[:-1]  # the last are those of this run
+    prepared.store.recorder = CellRecorder(
+        prepared.train_rows, bundle.vocab.n_genes, earlier[-1] if earlier else None
+    )
     train_batches, val_batches = choose_batches(bundle, prepared, read_through=checkpoint is None)
     module.description |= {
         "run_dir": str(folders.run),
@@ -193,6 +204,7 @@ def fit(
         wait_seconds=lambda: _wait_seconds(trainer),
         resumed_step=checkpoint["global_step"] if checkpoint else 0,
         ddp=ddp,
+        callbacks=callbacks,
     )
     about = {"data": prepared.facts, "model": _model_facts(bundle), "notes": notes}
     if trainer.is_global_zero:

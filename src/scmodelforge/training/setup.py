@@ -289,7 +289,8 @@ class _Notes(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        if (message := record.getMessage()) not in self.messages:
+            self.messages.append(message)
 
 
 @contextmanager

@@ -193,6 +193,10 @@ class Throughput(Callback):
         if not trainer.sanity_checking:
             self._start()
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that did not go into training."""
+        self.started += seconds
+
     def performance(self, trainer: Trainer) -> dict[str, Any]:
         """Figures of the run without its first step, for run.json; of the first step where there is no other."""
         if self.first_step is None:
