@@ -1,15 +1,25 @@
-"""The PCA baseline."""
+"""The baselines that are embeddings: PCA against a plain decomposition, Harmony and scVI where they are installed."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from sklearn.neighbors import KNeighborsClassifier
 
+from scmodelforge.config_eval import EvalConfig
 from scmodelforge.errors import DataError
-from scmodelforge.evaluation.baselines import pca_embedding
+from scmodelforge.evaluation.baselines import (
+    batch_key,
+    harmony_embedding,
+    log_normalized,
+    pca_embedding,
+    scvi_embedding,
+)
+from tests.evaluation.cells import evaluation_cells
 
 
 def counts(n_cells: int, n_genes: int, seed: int = 0) -> csr_matrix:
@@ -67,3 +77,55 @@ def test_empty_cells_are_embedded_and_one_cell_is_refused():
 def test_cells_that_are_all_alike_are_refused():
     with pytest.raises(DataError, match="All 6 cells have the same normalized counts"):
         pca_embedding(csr_matrix(np.ones((6, 5), np.float32)), 0)
+
+
+def test_all_genes_are_log_normalized_and_stay_sparse():
+    matrix = counts(20, 30)
+    values, dense = log_normalized(matrix), matrix.toarray()
+    np.testing.assert_allclose(
+        values.toarray(), np.log1p(dense / dense.sum(1, keepdims=True) * 1e4), rtol=1e-5
+    )
+    assert values.nnz == matrix.nnz
+
+
+def two_batches() -> tuple[csr_matrix, np.ndarray]:
+    """Two kinds of cells in two batches, of which the second has twice the counts on a third of the genes."""
+    rng, kind, batch = np.random.default_rng(0), np.tile([0, 1], 100), np.repeat(["x", "y"], 100)
+    rates = np.where((np.arange(60) < 20)[None] == (kind[:, None] == 0), 4.0, 1.0)
+    rates[:, 40:] = np.where(batch == "y", 6.0, 2.0)[:, None]
+    return csr_matrix(rng.poisson(rates).astype(np.float32)), batch
+
+
+def test_harmony_mixes_batches():
+    pytest.importorskip("harmonypy")
+    matrix, batch = two_batches()
+    pca = pca_embedding(matrix, 0, n_components=10)
+    mixed, again = (harmony_embedding(pca, batch, 0) for _ in range(2))
+    np.testing.assert_array_equal(mixed, again)
+    told_apart = [KNeighborsClassifier(15).fit(x, batch).score(x, batch) for x in (pca, mixed)]
+    assert told_apart[0] > 0.9
+    assert told_apart[1] < 0.8
+
+
+def test_scvi_embeds_all_cells_the_same_with_the_same_seed(monkeypatch):
+    scvi = pytest.importorskip("scvi")
+    train = scvi.model.SCVI.train
+    monkeypatch.setattr(
+        scvi.model.SCVI, "train", lambda self, **options: train(self, max_epochs=2, **options)
+    )
+    matrix, batch = two_batches()
+    cells = evaluation_cells(pd.DataFrame({"batch": batch}), matrix)
+    first, again = (scvi_embedding(cells, EvalConfig()) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first.shape, first.dtype) == ((200, 10), np.float32)
+    assert np.isfinite(first).all()
+
+
+def test_batches_are_those_of_a_benchmark_or_known_by_their_name():
+    cells = evaluation_cells(
+        pd.DataFrame({"Donor": ["a", "b"], "lane": ["x", "y"], "batch": ["only", "only"]})
+    )
+    assert batch_key(cells, EvalConfig()) == "Donor"
+    quality = {"name": "embedding_quality", "params": {"batch_key": "lane"}}
+    assert batch_key(cells, EvalConfig.model_validate({"benchmarks": [quality]})) == "lane"
+    assert batch_key(evaluation_cells(pd.DataFrame({"cell_type": ["a", "b"]})), EvalConfig()) is None

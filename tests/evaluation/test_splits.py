@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.errors import DataError
-from scmodelforge.evaluation.splits import check_embedding, probe_splits, usable_groups, usable_labels
+from scmodelforge.evaluation.splits import (
+    check_embedding,
+    group_column,
+    probe_groups,
+    probe_splits,
+    usable_groups,
+    usable_labels,
+)
 
 
 def labels_of(values, **options):
@@ -81,6 +88,57 @@ def test_groups():
         usable_groups(obs, "one", "cells.h5ad")
     with pytest.raises(DataError, match=r"1 of 3 cells of cells.h5ad have no group"):
         usable_groups(obs, "gap", "cells.h5ad")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"batch": "xyxy", "Donor_ID": "aabb"}, "Donor_ID"),  # donors before batches, whatever the case
+        ({"dataset": "aabb", "library": "xyxy"}, "library"),
+        ({"dataset": "aabb", "donor": "aaaa"}, "dataset"),  # one donor is no group
+        ({"patient": ["a", None, "b", "b"], "batch": "xyxy"}, "batch"),  # gaps
+        ({"cell_type": "abab", "n_genes": "1234"}, None),
+    ],
+)
+def test_columns_of_groups_are_known_by_their_names(columns, expected):
+    obs = pd.DataFrame({name: list(values) for name, values in columns.items()})
+    assert group_column(obs) == expected
+
+
+def auto(obs: pd.DataFrame, labels: str, **params: str | None) -> str | None:
+    return probe_groups(obs, np.array(list(labels)), LinearProbeParams(**params), "cells.h5ad")[0]  # type: ignore[arg-type]
+
+
+def test_what_a_split_keeps_whole_is_found_and_said(caplog):
+    obs = pd.DataFrame({"donor": list("aabbcc"), "lane": list("xyxyxy")})
+    with caplog.at_level(logging.INFO):
+        assert auto(obs, "TBTBTB") == "donor"
+    assert "split by obs['donor'] (3 groups), whole groups are held out" in caplog.text
+    assert auto(obs, "TBTBTB", group_key="lane") == "lane"
+    caplog.clear()
+    assert auto(obs, "TBTBTB", group_key=None) is None
+    assert "split by cell (as asked). Cells of one donor are alike" in caplog.text
+    caplog.clear()
+    assert auto(obs[["lane"]], "TBTBTB") is None
+    assert "no usable column of donors, batches or data sets" in caplog.text
+
+
+def test_a_column_that_says_as_much_as_the_labels_is_no_use(caplog):
+    obs = pd.DataFrame({"batch": list("aabbcc")})
+    assert auto(obs, "TTBBKK") is None
+    assert "obs['batch'] of cells.h5ad goes with the labels" in caplog.text
+    assert auto(obs, "TTBBKK", group_key="batch") == "batch"  # who names it gets it
+
+
+def test_group_splits_differ_by_seed_and_test_classes_evenly():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 15)
+    labels = np.where(rng.random(300) < np.repeat(rng.random(20), 15), "a", "b")
+    params = LinearProbeParams(n_splits=4)
+    by_seed = [probe_splits(labels, params, groups, seed) for seed in range(10)]
+    assert len({test.tobytes() for splits in by_seed for _, test in splits}) > 30
+    share = [(labels[test] == "a").sum() / (labels == "a").sum() for splits in by_seed for _, test in splits]
+    assert np.abs(np.array(share) - 0.2).mean() < 0.03  # 0.05 where the first draw is taken
 
 
 @settings(deadline=None)

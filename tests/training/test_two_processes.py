@@ -43,7 +43,8 @@ def write_config(folder: Path, run: str, batch_size: int) -> Path:
         "optimizer": {"lr": 0.03},
     }
     data = {"paths": [str(folder / "shards")]}
-    config = tiny_config(folder / run, data=data, training=training).model_dump(exclude_unset=True)
+    sections = {"data": data, "training": training, "eval": {"every_n_epochs": 1}}
+    config = tiny_config(folder / run, **sections).model_dump(exclude_unset=True)
     path = folder / f"{run}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -92,7 +93,11 @@ def test_two_processes_share_uneven_cells(tmp_path: Path) -> None:
     assert not train_cells & val_cells
     assert len(train_cells) + len(val_cells) >= N_CELLS - 1
 
-    assert load_model(tmp_path / "two/model").vocab.n_genes == 40
+    model = load_model(tmp_path / "two/model")
+    assert model.vocab.n_genes == 40
+    (trained_on,) = model.trained_on
+    assert trained_on.n_known >= trained_on.n_cells // 2  # the first process knows what it read
+    assert "eval/linear_probe/macro_f1" in (tmp_path / "two/metrics.csv").read_text()
 
 
 @pytest.mark.slow

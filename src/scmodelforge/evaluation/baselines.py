@@ -183,8 +183,9 @@ def scvi_embedding(cells: EvaluationCells, config: EvalConfig) -> np.ndarray:
     key = batch_key(cells, config)
     if key is not None:
         adata.obs["batch"] = cells.store.obs[key].astype(str).to_numpy()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     scvi.settings.seed = config.seed
     scvi.model.SCVI.setup_anndata(adata, batch_key=None if key is None else "batch")
     model = scvi.model.SCVI(adata)
-    model.train(enable_progress_bar=False)
+    model.train(enable_progress_bar=False, enable_model_summary=False)
     return np.ascontiguousarray(model.get_latent_representation(), dtype=np.float32)
