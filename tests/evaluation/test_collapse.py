@@ -18,8 +18,8 @@ CELLS = RNG.normal(size=(300, 16)).astype(np.float32)
     [
         (np.full((300, 16), 0.1, np.float32), "all cells have the same embedding"),
         (1e5 + CELLS, r"all cells are alike: they deviate .* cosine similarity 0\.99999999"),
-        (np.outer(CELLS[:, 0], CELLS[0]) + 1e-3 * CELLS, "all cells lie on one line: 99.99"),
-        (np.outer(CELLS[:, 0], CELLS[0]) + 5, "all cells lie on one line: 100.0000 %"),
+        (np.outer(CELLS[:, 0], CELLS[0]) + 1e-3 * CELLS, r"all cells lie on one line: .* 0\.9999"),
+        (np.outer(CELLS[:, 0], CELLS[0]) + 5, r"all cells lie on one line: .* 1\.000000"),
     ],
     ids=["one point", "rounding", "nearly a line", "line"],
 )
@@ -32,8 +32,15 @@ def test_a_collapsed_embedding_is_refused_with_the_reason(embedding, reason):
 
 @pytest.mark.parametrize(
     "embedding",
-    [CELLS, 1e3 + CELLS, CELLS[:, :1], CELLS[:2], np.diag([30.0, *[1.0] * 15]) @ CELLS.T @ CELLS],
-    ids=["noise", "narrow cone", "one dimension", "two cells", "one large direction"],
+    [
+        CELLS,
+        1e3 + CELLS,
+        CELLS[:, :1],
+        CELLS[:2],
+        CELLS * np.array([50.0] + [1.0] * 15),
+        np.vstack([CELLS, np.full((3, 16), 1e6)]),
+    ],
+    ids=["noise", "narrow cone", "one dimension", "two cells", "one large direction", "outliers"],
 )
 def test_a_narrow_embedding_is_no_collapsed_one(embedding):
     assert collapse(embedding) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 MIN_SPREAD = 1e-4  # deviation from the mean cell, relative to the length of a cell; float32 rounds at 1e-7
-MAX_FIRST_SHARE = 0.9999  # of the variance in one direction
+MAX_ONE_DIRECTION = 0.9999  # median squared cosine of the cells' deviations with one direction
 MAX_CELLS = 10_000  # looked at, evenly spaced
 
 
@@ -34,8 +34,12 @@ def collapse(embedding: np.ndarray) -> str | None:
             f"(mean cosine similarity {1 - (spread / length) ** 2:.10f})"
         )
     if cells.shape[1] > 1 and len(cells) > 2:
-        variances = np.linalg.eigvalsh(centred.T @ centred)
-        share = variances[-1] / variances.sum()
-        if share > MAX_FIRST_SHARE:
-            return f"all cells lie on one line: {100 * share:.4f} % of the variance is in one direction"
+        # medians and directions alone, so that some outliers decide nothing
+        deviations = cells - np.median(cells, axis=0)
+        lengths = np.linalg.norm(deviations, axis=1)
+        directions = deviations[lengths > 0] / lengths[lengths > 0, None]
+        line = np.linalg.eigh(directions.T @ directions)[1][:, -1]
+        along = float(np.median((directions @ line) ** 2))
+        if along > MAX_ONE_DIRECTION:
+            return f"all cells lie on one line: the median squared cosine with it is {along:.6f}"
     return None
