@@ -69,7 +69,12 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
     annotated, embedded = anndata.read_h5ad("annotated.h5ad"), anndata.read_h5ad("embedded.h5ad")
     assert annotated.obs["scmodelforge_cell_type_probability"].between(0, 1).all()
     assert embedded.obsm["X_scmodelforge"].shape == (700, 16)
-    for written in ("results/metrics.json", "results/metrics.html", "perturbed/volcano.png", "comparison.html"):
+    for written in (
+        "results/metrics.json",
+        "results/metrics.html",
+        "perturbed/volcano.png",
+        "comparison.html",
+    ):
         assert Path(written).exists(), written
     subprocess.run(["bash", "-n", "my.sbatch"], check=True)
     _large_data_of_the_readme()

@@ -36,7 +36,9 @@ def test_a_compiled_run_learns_the_same_and_compiles_nothing_later(
     build, losses = setup.build_trainer, {}
     monkeypatch.setattr(
         "scmodelforge.training.run.build_trainer",
-        lambda *args, **options: build(*args, **options, callbacks=(NothingIsCompiledLater(),)),
+        lambda *args, callbacks=(), **options: build(
+            *args, **options, callbacks=(*callbacks, NothingIsCompiledLater())
+        ),
     )
     torch.compiler.reset()
     counters.clear()
