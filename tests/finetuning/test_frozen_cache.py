@@ -27,6 +27,7 @@ from scmodelforge.training.run import RunResult, train
 from tests.helpers import finetune_config, make_cells, make_vocab, marker_cells, tiny_config
 
 CELLS = marker_cells()
+SHOWN = 60  # validation cells, which the best model embeds for the report at the end
 STEPS = 6  # an epoch: 180 training cells in batches of 30
 FROZEN = {
     "frozen": {"freeze_backbone": True, "head_lr": 0.1},
@@ -104,7 +105,7 @@ def test_each_cell_passes_the_frozen_backbone_once(
     backbone: Path, tmp_path: Path, encoded: list[tuple[int, bool]]
 ) -> None:
     finetune(finetune_config(tmp_path, **FROZEN["frozen"]), backbone, data=CELLS)
-    assert sum(n for n, _ in encoded) == CELLS.n_obs
+    assert sum(n for n, _ in encoded) == CELLS.n_obs + SHOWN
     assert not any(training for _, training in encoded)
 
 
@@ -114,7 +115,9 @@ def test_after_the_frozen_epochs_every_batch_passes_the_backbone(
     config = finetune_config(tmp_path, {"max_epochs": 5}, freeze_backbone_epochs=2)
     finetune(config, backbone, data=CELLS)
     assert sum(n for n, training in encoded if training) == 3 * 180
-    assert sum(n for n, training in encoded if not training) == CELLS.n_obs + 3 * 60, "and validation cells"
+    assert sum(n for n, training in encoded if not training) == CELLS.n_obs + 3 * 60 + SHOWN, (
+        "and validation cells"
+    )
 
 
 def test_throughput_counts_cells_and_no_tokens_that_nothing_reads(backbone: Path, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     first, second = weights(whole), weights(resumed)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-    embedded = CELLS.n_obs if stop_at < 2 * STEPS else 0
+    embedded = SHOWN + (CELLS.n_obs if stop_at < 2 * STEPS else 0)
     assert sum(n for n, training in encoded if not training) == embedded + 60, "none without need"
 
 
@@ -221,7 +224,9 @@ def test_tokens_that_change_keep_the_backbone_at_work_and_that_is_said(
         "The frozen backbone reads all cells in each epoch, because their tokens differ: binned_expression spreads "
         "equal values over their bins at random." in caplog.messages
     )
-    assert sum(n for n, _ in encoded) == 180 + 4 * CELLS.n_obs, "for the scale of the head, then four epochs"
+    assert sum(n for n, _ in encoded) == 180 + 4 * CELLS.n_obs + SHOWN, (
+        "for the scale of the head, then four epochs"
+    )
 
 
 @pytest.mark.parametrize(
