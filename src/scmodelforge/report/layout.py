@@ -21,12 +21,17 @@ def umap_layout(embedding: np.ndarray, seed: int = 0) -> np.ndarray:
     """
     import anndata
     import scanpy as sc
+    import torch
 
     if len(embedding) < MIN_CELLS_FOR_UMAP:
         raise DataError(f"A UMAP needs at least {MIN_CELLS_FOR_UMAP} cells, and there are {len(embedding)}.")
     adata = anndata.AnnData(obsm={"X": np.asarray(embedding, dtype=np.float32)})
+    threads = torch.get_num_threads()
     sc.pp.neighbors(adata, n_neighbors=min(15, len(embedding) - 1), use_rep="X", random_state=seed)
     sc.tl.umap(adata, random_state=seed)
+    torch.set_num_threads(
+        threads
+    )  # numba's OpenMP changes it, and with it speed and last digits of what comes after
     return np.asarray(adata.obsm["X_umap"], dtype=np.float32)
 
 
