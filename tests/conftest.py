@@ -14,7 +14,9 @@ import pytest
 if TYPE_CHECKING:
     from scmodelforge.training.run import RunResult
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before torch is imported, and inherited
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share the cores; set before torch is imported, and inherited
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
