@@ -26,7 +26,7 @@ quickstart: $(VENV)/.eval
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,11 @@ import pytest
 
 if TYPE_CHECKING:
     from scmodelforge.training.run import RunResult
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share the cores; set before torch is imported, and inherited
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
