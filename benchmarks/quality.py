@@ -140,11 +140,13 @@ def evaluation(dataset: Dataset, seed: int, scib: bool) -> dict[str, Any]:
 
 def tested(cells: anndata.AnnData, dataset: Dataset, seed: int) -> tuple[np.ndarray, int]:
     """Rows that test in any split of `evaluation`, and how many groups they come from (0: split by cell)."""
+    from scmodelforge.config_eval import LinearProbeSpec
     from scmodelforge.config_io import parse_config
     from scmodelforge.evaluation.linear_probe import probe_cells
 
-    params = parse_config(evaluation(dataset, seed, scib=False)).eval.benchmarks[0].params
-    used = probe_cells(cells.obs, params, seed, dataset.name)
+    spec = parse_config(evaluation(dataset, seed, scib=False)).eval.benchmarks[0]
+    assert isinstance(spec, LinearProbeSpec)
+    used = probe_cells(cells.obs, spec.params, seed, dataset.name)
     rows = np.unique(np.concatenate([test for _, test in used.splits]))
     n_groups = 0 if used.groups is None else len(np.unique(used.groups[rows]))
     return np.flatnonzero(used.mask)[rows], n_groups
@@ -292,14 +294,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the data sets")
     parser.add_argument("--only", nargs="+", choices=[one.name for one in DATASETS], help="score these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=500, help="pretraining steps of 64 cells")
+    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps of 64 cells")
     parser.add_argument("--scib", action="store_true", help="also the scIB totals")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args()
     chosen = [one for one in DATASETS if options.only is None or one.name in options.only]
     logging.getLogger("scmodelforge").setLevel(logging.WARNING)
-    found = {"versions": harness.versions("scanpy", "scikit-learn", "scib-metrics"), "runs": []}
+    found: dict[str, Any] = {
+        "versions": harness.versions("scanpy", "scikit-learn", "scib-metrics"),
+        "runs": [],
+    }
     for seed in options.seeds:
         record = one_seed(seed, options.data, chosen, options.steps, options.scib)
         found["runs"].append(record)
