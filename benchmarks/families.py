@@ -211,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="../shared/data", help="folder with the data sets")
-    parser.add_argument("--datasets", nargs="+", default=list(DATA), choices=[spec.name for spec in DATASETS])
+    parser.add_argument("--datasets", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cells", type=int, default=2000, help="pretraining cells of each data set")
