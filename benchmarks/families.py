@@ -20,7 +20,13 @@ from typing import Any
 
 import harness
 import numpy as np
-from quality import DATASETS, hold_out, labelled_cells, macro_f1, scib_total
+import pandas as pd
+from quality import DATASETS, labelled_cells
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 DATA = ("pbmc3k", "pbmc_sorted_zheng")
 COUNTS = {"normalize": "none", "log1p": False}
@@ -91,6 +97,32 @@ def over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return tree | changes | nested
 
 
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from and held-out rows: a fifth of the cells of each class."""
+    learn, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
+    return np.sort(learn), np.sort(test)
+
+
+def macro_f1(embedding: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
+    """Macro F1 of a linear probe on the held-out cells."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    probe.fit(embedding[train], labels[train])
+    truth = labels[test]
+    predicted = probe.predict(embedding[test])
+    return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
+
+
+def scib_total(embedding: np.ndarray, obs: pd.DataFrame, test: np.ndarray) -> float:
+    """scIB total (biology) of the held-out cells."""
+    from scmodelforge.config_eval import EmbeddingQualityParams
+    from scmodelforge.evaluation.embedding_quality import embedding_quality
+
+    params = EmbeddingQualityParams(max_cells=1000)
+    obs = obs.iloc[test]
+    common = obs["cell_type"].map(obs["cell_type"].value_counts()).astype(int).to_numpy() >= 2
+    return float(embedding_quality(embedding[test][common], obs[common], params, seed=0)["total"])
+
+
 def one_run(family: str, dataset: str, data: str, seed: int, cells: int, epochs: int) -> dict[str, Any]:
     """Pretrain one family on one data set; its figures, loss curve and those of PCA beside it."""
     from scmodelforge.config_io import parse_config
@@ -102,7 +134,8 @@ def one_run(family: str, dataset: str, data: str, seed: int, cells: int, epochs:
     logging.getLogger("scmodelforge").setLevel(logging.WARNING)
     spec = next(spec for spec in DATASETS if spec.name == dataset)
     adata = labelled_cells(spec, Path(data))
-    learn, test = hold_out(adata, spec, seed)
+    labels = adata.obs["cell_type"].astype(str).to_numpy()
+    learn, test = hold_out(labels, seed)
     chosen = np.sort(np.random.default_rng(seed).permutation(learn)[:cells])
     with tempfile.TemporaryDirectory() as scratch:
         run = {"training": {"seed": seed, "max_epochs": epochs, "run_dir": f"{scratch}/run"}}
@@ -112,7 +145,6 @@ def one_run(family: str, dataset: str, data: str, seed: int, cells: int, epochs:
             rows = list(csv.DictReader(handle))
     untrained = ModelBundle(trained.config, trained.vocab, build_model(trained.config, trained.vocab, seed))
     store = open_for(trained, adata)
-    labels = adata.obs["cell_type"].astype(str).to_numpy()
     embeddings = {
         "PCA": pca_embedding(adata.X, seed),
         "untrained": embed_store(untrained, store, 128),
@@ -128,7 +160,7 @@ def one_run(family: str, dataset: str, data: str, seed: int, cells: int, epochs:
             for name, embedding in embeddings.items()
         },
         **{
-            f"{name}/scIB total": scib_total(embedding, adata, spec, test)
+            f"{name}/scIB total": scib_total(embedding, adata.obs, test)
             for name, embedding in embeddings.items()
         },
     }
@@ -179,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="../shared/data", help="folder with the data sets")
-    parser.add_argument("--datasets", nargs="+", default=list(DATA), choices=[spec.name for spec in DATASETS])
+    parser.add_argument("--datasets", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cells", type=int, default=2000, help="pretraining cells of each data set")
