@@ -135,3 +135,21 @@ def test_p_values_are_uniform_without_a_difference_and_small_with_one():
 def test_methods_that_agree_do_not_differ():
     same = np.random.default_rng(8).random(30)
     assert paired_test(same, same, 0) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_a_group_that_tests_alone_counts_by_the_score_of_its_split():
+    rng = np.random.default_rng(0)
+    groups, shares = np.repeat([0, 1, 2], 200), (0.9, 0.7, 0.4)
+    truth = rng.integers(0, len(CLASSES), 600)
+    predicted = np.full((600, 3), UNTESTED)
+    for group, share in enumerate(shares):
+        chosen = groups == group
+        predicted[chosen, group] = noisy(truth[chosen], share, rng)
+    scores = label_scores(truth, predicted, CLASSES, groups, 0)
+    alone = [
+        f1_score(truth[groups == group], predicted[groups == group, group], average="macro")
+        for group in range(3)
+    ]
+    np.testing.assert_allclose(scores.units["macro_f1"], alone)
+    test = paired_test(scores.units["macro_f1"], np.full(3, 0.5), 0)
+    assert test.interval[0] < test.difference < test.interval[1]

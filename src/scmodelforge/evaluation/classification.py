@@ -75,6 +75,8 @@ def label_scores(
     units = {}
     for name, gradient in _gradients(total[0], shape).items():
         contribution = metrics[name] + n_units * np.asarray(sums @ gradient)
+        if groups is not None:
+            contribution += n_units * _of_single_groups(sums, by_split[name], shape)
         units[name] = contribution if counts is None else contribution[unit]
     return Scores(metrics, intervals, units, _details(total[0].reshape(shape), truth, predicted, classes))
 
@@ -146,6 +148,20 @@ def _gradients(sums: np.ndarray, shape: tuple[int, int, int]) -> dict[str, np.nd
         "macro_f1": macro.ravel(),
         "accuracy": np.stack([ones, -accuracy * ones, 0 * ones], axis=-1).ravel(),
     }
+
+
+def _of_single_groups(
+    sums: sparse.csr_matrix, figures: np.ndarray, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """What a group adds to a mean over splits by being the only one that tests in some, (n_units), 0 in all.
+
+    A figure of one group alone does not change with the weight of that group: the gradient is 0 there, and the group
+    counts by the figure of its split.
+    """
+    tests = sums.toarray().reshape(-1, *shape)[..., 1].sum(-1) > 0
+    single = tests.sum(axis=0) == 1
+    added = tests[:, single] @ (figures[single] - figures.mean()) / len(figures)
+    return added - added.mean()
 
 
 def _details(
