@@ -32,6 +32,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     n: int, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gene_prediction, "ROWS_ON_CPU", 4)
+    monkeypatch.setattr(gene_prediction, "ROWS_IN_FLOAT32", 3)
     ours, theirs = prediction(n, soft_cap), prediction(n, soft_cap)
     loss = ours.cross_entropy(genes(n), IGNORED)
     logits = theirs.logits.double()
