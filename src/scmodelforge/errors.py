@@ -38,5 +38,5 @@ def require_extra(package: str, extra: str, purpose: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise MissingExtraError(
             f"{purpose} needs the package '{package}', which is not installed.\n"
-            f"Install it with: pip install 'scmodelforge[{extra}]'"
+            f"Install it with: pip install 'scmodelforge[{extra}]' (in a clone of the repository: '.[{extra}]')"
         )

@@ -87,6 +87,24 @@ def test_the_model_is_tested_against_the_best_baseline(monkeypatch, pretrained):
     assert [(row.is_baseline, row.comparison) for row in baselines] == [(True, None)] * 2
 
 
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ([0.1, 0.2, 0.3], "the model is worse than its untrained self (score -0.300 ["),
+        ([0.6, 0.5, 0.4], "the model is not better than its untrained self (score +0.000 ["),
+        ([0.8, 0.8, 0.8], None),
+    ],
+)
+def test_a_model_that_its_untrained_self_equals_is_told(monkeypatch, pretrained, units, expected):
+    with_stub(monkeypatch, Stub({"model": units, "pca": [0.9, 0.9, 0.9], "untrained": [0.4, 0.5, 0.6]}))
+    said = evaluate(config(baselines=[]), pretrained.model, marker_cells(60)).notes
+    found = [note for note in said if "untrained self" in note]
+    assert len(found) == (expected is not None)
+    assert not found or found[0].startswith(
+        f"linear_probe on {config().eval.benchmarks[0].dataset}: {expected}"
+    )
+
+
 def test_a_figure_that_is_no_number_is_an_error(monkeypatch, pretrained, tmp_path):
     with_stub(monkeypatch, Stub({"model": [1.0]}, {"lost": float("nan")}))
     with pytest.raises(DataError, match="lost of the benchmark linear_probe of model is not a number"):
@@ -128,4 +146,4 @@ def test_notes_are_collected_without_repeats_and_without_progress(pretrained):
     assert len(notes) == len(set(notes))
     assert sum("7 of 160 cells without a label" in note for note in notes) == 1
     assert sum("split by cell (as asked)" in note for note in notes) == 1
-    assert not any("linear_probe on test" in note for note in notes)
+    assert not any("linear_probe on test: model, pca" in note for note in notes)

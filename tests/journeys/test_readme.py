@@ -70,8 +70,8 @@ def test_the_commands_of_the_readme(cells: Path, tmp_path: Path, monkeypatch: py
     assert annotated.obs["scmodelforge_cell_type_probability"].between(0, 1).all()
     assert embedded.obsm["X_scmodelforge"].shape == (700, 16)
     for written in (
-        "results/metrics.json",
-        "results/metrics.html",
+        "runs/mine/benchmark.json",
+        "runs/mine/benchmark.html",
         "perturbed/volcano.png",
         "comparison.html",
     ):

@@ -163,8 +163,27 @@ def _run_all(config: Config, bundle: ModelBundle, cells: EvaluationCells) -> lis
         scores = one.run(methods, cells, spec.params, seed)
         for method, score in scores.items():
             _require_numbers(score, f"{spec.name} of {method}")
+        _compare_with_untrained(f"{spec.name} on {spec.dataset}", scores, seed)
         results += _results(spec.name, spec.dataset, scores, seed)
     return results
+
+
+def _compare_with_untrained(what: str, scores: dict[str, Scores], seed: int) -> None:
+    """Say so where pretraining has added nothing."""
+    rivals = {name: score for name, score in scores.items() if name in ("model", "untrained")}
+    found = _comparison(rivals, seed) if len(rivals) == 2 else None
+    if found is None or found["interval"][0] > 0:
+        return
+    low, high = found["interval"]
+    log.warning(
+        "%s: the model is %s than its untrained self (%s %+.3f [%+.3f, %+.3f]): here pretraining has added nothing.",
+        what,
+        "worse" if high < 0 else "not better",
+        found["metric"],
+        found["difference"],
+        low,
+        high,
+    )
 
 
 def _results(name: str, dataset: str, scores: dict[str, Scores], seed: int) -> list[BenchmarkResult]:

@@ -372,7 +372,8 @@ def with_model_of(config: Config, bundle: ModelBundle, where: str) -> Config:
         raise ModelError(
             f"The config contradicts the model in '{where}':\n  "
             + "\n  ".join(problems)
-            + "\nTake these keys out of the config (the model brings its own), or use another checkpoint."
+            + "\nTake these keys out of the config (the model brings its own), use the config.yaml in the folder of "
+            "the model's run, which has all that was given with --set, or use another checkpoint."
         )
     own = {"preprocessing": have.data.preprocessing, "gene_vocab": have.data.gene_vocab}
     return config.model_copy(
