@@ -174,17 +174,18 @@ def recognise(names: pd.Series, reference: Reference) -> tuple[np.ndarray, np.nd
     step(left, reference.symbols.find, "symbol")
     step(left, reference.previous.find, "previous symbol")
 
-    step(_bare(left), reference.symbols.find, "repaired name")
-    step(_bare(left), reference.previous.find, "repaired name")
+    bare = _bare(left)
+    step(bare, reference.symbols.find, "repaired name")
+    step(bare[left.index], reference.previous.find, "repaired name")
     # scanpy and R tell duplicates apart by a number at the end; the first one keeps its name
     base = left.str.replace(r"[-.]\d+$", "", regex=True)
     base = _bare(base[(base != left) & base.isin(names)])
     step(base, reference.symbols.find, "repaired name")
     step(base[rows[base.index] == -1], reference.previous.find, "repaired name")
-    step(_bare(left), reference.mangled.find, "repaired name")
+    step(bare[left.index], reference.mangled.find, "repaired name")
 
     # 'Cd3e' is a mouse gene, not a human one in another case
-    other = _bare(left)
+    other = bare[left.index]
     step(other[~other.isin(reference.foreign)].str.upper(), reference.folded.find, "other case")
 
     reasons[ids.index[rows[ids.index] == -1]] = "unknown Ensembl id"
