@@ -317,11 +317,11 @@ def perturb(
     if (genes is None) == (set_of_genes is None):
         raise UserError("Say what to perturb: either --genes A,B (or all) or --set-of-genes A,B.")
     names = str(genes or set_of_genes)
-    from scmodelforge.files import ensure_writable
+    from scmodelforge.files import require_writable
     from scmodelforge.perturbation.run import perturb as run
     from scmodelforge.report.volcano import write_perturbations
 
-    ensure_writable(output)
+    require_writable(output)
     table = run(
         _one(data),
         model,
