@@ -183,6 +183,9 @@ def test_perturb_says_what_is_missing(trained: Path, cells: Path, tmp_path: Path
     refused(*perturb, words=("either --genes A,B (or all) or --set-of-genes A,B",))
     refused(*perturb, "--genes", "CD74", "--set-of-genes", "LYZ", words=("either --genes",))
     refused(*perturb, "--genes", "CD74A", words=("CD74A: unknown name; did you mean CD74",))
+    refused(*perturb, "--genes", "CD74", "--how", "foo", words=("how is 'foo'",))
+    refused(*perturb, "--genes", "CD74", "--state-key", "nothing", "--start", "B", words=("no obs column",))
+    assert not (tmp_path / "out").exists()
 
 
 def test_annotate_twice_overwrites(tuned: Path, cells: Path, tmp_path: Path) -> None:

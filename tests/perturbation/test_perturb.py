@@ -274,7 +274,9 @@ def test_a_gene_beyond_the_tokens_is_not_said_to_be_missing(caplog: pytest.LogCa
     assert f"G20: expressed in 5 of these cells, but in none among {of}" in said
     assert "G21: in none of these cells" in said
     assert f"G22: expressed in 12 of these cells, in 8 among {of}" in said
-    with pytest.raises(UserError, match=r"G20: expressed in 5 of these cells, but in none among the 12 genes"):
+    with pytest.raises(
+        UserError, match=r"G20: expressed in 5 of these cells, but in none among the 12 genes"
+    ):
         scmodelforge.perturb(cells, bundle, ["G20"])
 
 

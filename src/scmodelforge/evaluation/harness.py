@@ -22,7 +22,7 @@ from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method
 from scmodelforge.evaluation.seen import SeenCells, seen_cells
 from scmodelforge.evaluation.splits import check_embedding
 from scmodelforge.evaluation.uncertainty import paired_test
-from scmodelforge.files import ensure_target, write_text
+from scmodelforge.files import require_target, write_text
 from scmodelforge.inference import as_bundle, embed_store, open_for
 from scmodelforge.models.bundle import ModelBundle, with_model_of
 
@@ -123,7 +123,7 @@ def evaluate(
         If config and model contradict each other, or data or labels cannot be used, or a figure is not a number.
     """
     if output is not None:
-        ensure_target(output)
+        require_target(output)
     bundle = as_bundle(model)
     with_model_of(config, bundle, str(model) if not isinstance(model, ModelBundle) else "memory")
     with _collected_notes() as notes:

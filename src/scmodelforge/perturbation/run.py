@@ -118,8 +118,8 @@ def perturb(
     UserError
         If a gene, a state or a combination of options cannot be used.
     """
-    bundle = as_bundle(model)
     states = _states(how, state_key, start, goal, alt, null)
+    bundle = as_bundle(model)
     pooling = _pooling(bundle, pooling)
     sets = _sets(genes, together, bundle)
     device = default_device()
