@@ -410,9 +410,9 @@ def shard(
     set_: SetOption = None,
 ) -> None:
     """Convert the files of a config into shards that are mapped into memory, or verify such shards."""
-    from scmodelforge.data.shards import verify_shards
-
     if verify is not None:
+        from scmodelforge.data.shards import verify_shards
+
         if problems := verify_shards(verify):
             raise UserError("\n".join(problems) + "\nDelete them and start 'scmodelforge shard' again.")
         print(f"All shards in {verify} are whole.")
@@ -500,6 +500,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help="huggingface-bert, scgpt or transcriptformer.")],
 ) -> None:
     """Write a model as the authors of its family do."""
+    require_model(model)
     from scmodelforge.models.published import export_model
 
     print(f"Written: {export_model(model, to, folder)}")

@@ -190,7 +190,7 @@ def test_every_column_of_obs_is_named_and_doubled_names_are_counted():
 def test_values_that_look_like_no_label_are_said(caplog):
     adata = adata_of(COUNTS)
     adata.obs["cell_type"] = ["T"] * 30 + ["B"] * 20 + ["unknown"] * 9 + ["Doublet"]
-    adata.obs["sex"] = ["f", "m"] * 30
+    adata.obs["sex"] = ["f", "unknown"] * 30  # no column of labels
     check_data(adata, VOCAB, NO_MINIMUM)
     (said,) = caplog.messages
     assert "obs['cell_type'] 'unknown' (9 cells), obs['cell_type'] 'Doublet' (1 cell)." in said

@@ -295,10 +295,11 @@ def _column_text(values: pd.Series) -> str:
 
 
 def _warn_of_no_labels(columns: dict[str, dict[str, int]], name: str) -> None:
-    """Say which columns have texts that look like no label, and what to do with the cells."""
+    """Say which columns of labels have texts that look like none, and what to do with the cells."""
     found = [
         f"obs['{column}'] '{label}' ({_cells_text(counts[label])})"
         for column, counts in columns.items()
+        if any(word in column.lower() for word in LABEL_WORDS)
         for label in no_labels(label for label in counts if label != MISSING)
     ]
     if found:
