@@ -68,7 +68,7 @@ def usable_labels(
     where: str,
     *,
     drop_unlabelled: bool,
-    section: str,
+    section: str = "params",
     min_cells: int = 2,
     drop_small: bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
