@@ -18,6 +18,7 @@ import scmodelforge
 from scmodelforge import cli_sharing
 from scmodelforge.cli_output import finish_run, print_plan, print_results, set_up_messages
 from scmodelforge.errors import UserError
+from scmodelforge.files import require_data, require_model, require_target, require_writable
 
 app = typer.Typer(
     name="scmodelforge",
@@ -83,6 +84,8 @@ def train(
 
     sections = (*MODEL_SECTIONS, "training", "eval")
     settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
+    for model in filter(None, (checkpoint, resume)):
+        require_model(model)
     from scmodelforge.training.run import train as run
 
     again = f"scmodelforge train --config {shlex.quote(str(config))}"
@@ -103,6 +106,8 @@ def finetune(
 
     sections = (*MODEL_SECTIONS, "training", "finetune")
     settings = load_config(_needed(config, "finetune"), set_ or [], sections, require_data=True)
+    for model in filter(None, (checkpoint, resume)):
+        require_model(model)
     from scmodelforge.finetuning.run import finetune as run
 
     paths = [shlex.quote(str(path)) for path in (config, checkpoint)]
@@ -173,6 +178,10 @@ def benchmark(
     from scmodelforge.config_io import load_config
 
     settings = load_config(config, set_ or [], (*MODEL_SECTIONS, "eval"))
+    require_model(model)
+    require_data(_one(data))
+    if output is not None:
+        require_target(output)
     from scmodelforge.evaluation.harness import evaluate
 
     print_results(evaluate(settings, model, _one(data), output, command=sys.argv))
@@ -233,6 +242,7 @@ def embed(
         raise UserError("Many files need a folder to write into: --output DIR.")
     if pooling not in (None, "mean", "cls", "window"):
         raise UserError(f"--pooling is '{pooling}'; it must be mean, cls or window.")
+    require_model(model)
     how: dict[str, Any] = {
         "key_added": key,
         "batch_size": batch_size,
@@ -246,9 +256,9 @@ def embed(
         counts = embed_files(files_of(data), output, model, dask=dask, **how)  # type: ignore[arg-type]
         print(f"{sum(counts.values()):,} cells of {len(counts):,} files embedded: obsm['{key}'] in {output}")
         return
+    target = _target(Path(data[0]), output, in_place)
     from scmodelforge.inference_files import embed_file
 
-    target = _target(Path(data[0]), output, in_place)
     n_cells = embed_file(data[0], target, model, **how)
     print(f"{n_cells:,} cells embedded: obsm['{key}'] of {target}")
 
@@ -267,8 +277,9 @@ def annotate(
     """Write the labels that a fine-tuned model predicts into obs."""
     from scmodelforge.config_io import load_config
 
-    file = _one(data)
-    settings, target = load_config(config, set_ or [], MODEL_SECTIONS), _target(file, output, in_place)
+    file, settings = _one(data), load_config(config, set_ or [], MODEL_SECTIONS)
+    require_model(model)
+    target = _target(file, output, in_place)
     from scmodelforge.inference_files import annotate_file
 
     predictions = annotate_file(
@@ -317,11 +328,12 @@ def perturb(
     if (genes is None) == (set_of_genes is None):
         raise UserError("Say what to perturb: either --genes A,B (or all) or --set-of-genes A,B.")
     names = str(genes or set_of_genes)
-    from scmodelforge.files import ensure_writable
+    require_model(model)
+    require_data(_one(data))
+    require_writable(output)
     from scmodelforge.perturbation.run import perturb as run
     from scmodelforge.report.volcano import write_perturbations
 
-    ensure_writable(output)
     table = run(
         _one(data),
         model,
@@ -352,6 +364,7 @@ def check(
     from scmodelforge.config_io import load_config
 
     settings = load_config(config, set_ or [], MODEL_SECTIONS)
+    require_data(data)
     from scmodelforge.data.check import check as run
 
     report = run(data, settings.data, settings.obs_columns)
@@ -373,6 +386,9 @@ def tokens(
     from scmodelforge.config_io import load_config
 
     settings = load_config(config, set_ or [], MODEL_SECTIONS)
+    require_data(data)
+    if model is not None:
+        require_model(model)
     from scmodelforge.inference import tokens as run
 
     table = run(data, cell, model=model, config=settings)
@@ -394,9 +410,9 @@ def shard(
     set_: SetOption = None,
 ) -> None:
     """Convert the files of a config into shards that are mapped into memory, or verify such shards."""
-    from scmodelforge.data.shards import verify_shards
-
     if verify is not None:
+        from scmodelforge.data.shards import verify_shards
+
         if problems := verify_shards(verify):
             raise UserError("\n".join(problems) + "\nDelete them and start 'scmodelforge shard' again.")
         print(f"All shards in {verify} are whole.")
@@ -432,6 +448,7 @@ def init(
     set_: SetOption = None,
 ) -> None:
     """Write a commented starter config for a file."""
+    require_data(data)
     from scmodelforge.config import DataConfig
     from scmodelforge.config_io import starter_yaml
     from scmodelforge.data.check import check as run
@@ -483,6 +500,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help="huggingface-bert, scgpt or transcriptformer.")],
 ) -> None:
     """Write a model as the authors of its family do."""
+    require_model(model)
     from scmodelforge.models.published import export_model
 
     print(f"Written: {export_model(model, to, folder)}")
@@ -533,9 +551,17 @@ def _one(data: list[Path]) -> Path:
 
 
 def _target(data: Path, output: Path | None, in_place: bool) -> Path:
+    """The file to write, which must be another than the input unless --in-place is said."""
     if in_place == (output is not None):
         raise UserError("Say where to write: either --output FILE.h5ad or --in-place.")
-    return data if output is None else output
+    require_data(data)
+    if output is None:
+        return data
+    if output.exists() and output.samefile(data):
+        raise UserError(
+            f"--output '{output}' is the input file itself. Give another name, or say --in-place to write into it."
+        )
+    return require_target(output, ".h5ad")
 
 
 def main() -> None:

@@ -68,7 +68,10 @@ def speed_line(figures: dict[str, Any]) -> str:
 
 
 def print_results(evaluation: Evaluation) -> None:
-    """A table for each benchmark with 95 % intervals, the test against the best baseline below it, then the notes."""
+    """A table for each benchmark with 95 % intervals, the test against the best baseline below it, then the notes.
+
+    Notes that were warnings stand on the terminal already.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -89,10 +92,10 @@ def print_results(evaluation: Evaluation) -> None:
         for row in rows:
             if row.comparison:
                 console.print(_comparison_line(row.comparison))
-    if evaluation.notes:
-        console.print(
-            "Notes:", *(f"- {note}" for note in evaluation.notes), sep="\n", markup=False, highlight=False
-        )
+    once = (each for handler in logging.getLogger("scmodelforge").handlers for each in handler.filters)
+    warned = {text for each in once if isinstance(each, _Once) for text in each.warned}
+    if notes := [f"- {note}" for note in evaluation.notes if note not in warned]:
+        console.print("Notes:", *notes, sep="\n", markup=False, highlight=False)
 
 
 def _figure(row: BenchmarkResult, key: str) -> str:
@@ -183,10 +186,14 @@ class _Once(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
+        self.warned: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        new = record.getMessage() not in self.said
-        self.said.add(record.getMessage())
+        text = record.getMessage()
+        new = text not in self.said
+        self.said.add(text)
+        if record.levelno >= logging.WARNING:
+            self.warned.add(text)
         return new
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scmodelforge.files import require_data, require_model, require_target
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -77,9 +79,10 @@ def genes(
     ] = None,
 ) -> None:
     """Write one vector per gene as AnnData: genes are rows."""
-    from scmodelforge.files import ensure_target
-
-    ensure_target(output)
+    require_target(output, ".h5ad")
+    require_model(model)
+    if data is not None:
+        require_data(data)
     from scmodelforge.inference_genes import gene_embeddings
 
     vectors = gene_embeddings(model, data, layer=layer, max_cells=max_cells)
@@ -104,9 +107,9 @@ def attention(
     max_cells: Annotated[int, typer.Option("--max-cells", min=1, help="Draw so many.")] = 1000,
 ) -> None:
     """Write how much genes attend to genes, mean over cells, as AnnData: genes × genes."""
-    from scmodelforge.files import ensure_target
-
-    ensure_target(output)
+    require_target(output, ".h5ad")
+    require_model(model)
+    require_data(data)
     from scmodelforge.inference_genes import attention as run
 
     result = run(

@@ -40,7 +40,8 @@ def load_config(
     overrides
         `key=value` with dotted keys ("training.max_epochs=3"); the value is YAML ("[a.h5ad, b.h5ad]").
     sections
-        Top-level sections that the command uses; None: all. Others are checked, and said to have no effect.
+        Top-level sections that the command uses; None: all. Others are checked: a file is shared by many commands. An
+        override of one of them is said to have no effect.
     require_data
         Demand `data.paths`, expand `~` and patterns, and check that every file named exists.
 
@@ -52,11 +53,9 @@ def load_config(
     reading = Reading(str(path) if path is not None else "config")
     data = reading.parse(_read_text(Path(path))) if path is not None else {}
     config = _finish(reading, data, overrides, require_data)
-    idle = config.model_fields_set.difference(sections or Config.model_fields)
     asked = {str(loc[0]) for loc in reading.overridden}  # on the command line, so meant for this command
-    for level, names in ((logging.WARNING, idle & asked), (logging.INFO, idle - asked)):
-        if names:
-            logger.log(level, "%s: not used by this command: %s.", reading.name, ", ".join(sorted(names)))
+    if idle := asked.difference(sections or Config.model_fields):
+        logger.warning("--set: not used by this command: %s.", ", ".join(sorted(idle)))
     return config
 
 

@@ -44,7 +44,8 @@ def plugin_params(registry: Registry, name: str | None, value: Any) -> Section |
     ValueError
         If there are params that nobody reads, or (a `ValidationError`) they are wrong.
     """
-    kind = None if name is None else getattr(registry.load(name), "Params", None)
+    plugin = None if name is None else registry.plugin(name)  # what is built in has none, and is not imported
+    kind = None if plugin is None else getattr(registry.load(plugin.name), "Params", None)
     if kind is not None:
         unknown = sorted(value.keys() - kind.model_fields.keys()) if isinstance(value, dict) else []
         if unknown:

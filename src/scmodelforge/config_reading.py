@@ -214,6 +214,10 @@ class Reading:
             text = _PLAIN[kind].format(**context)
             if kind != "union_tag_not_found":
                 text += f", not {show(context.get('tag', value))}"
+            if kind in ("union_tag_invalid", "literal_error"):
+                names = re.findall(r"'([^']*)'", str(context.get("expected_tags", context.get("expected"))))
+                near = difflib.get_close_matches(str(context.get("tag", value)), names, n=1)
+                text += f"; did you mean {near[0]}?" if near else ""
             if kind in ("list_type", "tuple_type") and not isinstance(value, dict | None):
                 text += f"; write [{value}]"
             if kind == "string_type" and value is not None:
@@ -293,6 +297,8 @@ class Reading:
         line, depth = _line_of(self.node, loc)
         latest = self.overridden[::-1]
         wrote_it = [key for key in latest if loc[: len(key)] == key]
+        if depth < len(loc):  # not in the file
+            wrote_it += [key for key in latest if key[: len(loc)] == loc]
         parent = loc[:-1]
         made_its_section = [key for key in latest if 1 < len(parent) > depth and key[: len(parent)] == parent]
         if guilty := wrote_it or made_its_section:

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scmodelforge.errors import UserError
+from scmodelforge.errors import DataError, ModelError, UserError
 
 log = logging.getLogger(__name__)
+
+URL = re.compile(r"\w[\w+.-]+:/")  # a Path folds the two slashes into one
+
+
+def require_data(*paths: str | Path) -> None:
+    """Raise `DataError` if one of these files is not there, naming the one most like it; URLs are not looked up."""
+    for path in map(Path, paths):
+        if URL.match(str(path)) or os.path.exists(
+            path
+        ):  # path.exists() raises where a folder may not be read
+            continue
+        others = {other.stem: other for other in path.parent.glob("*.h5ad")}
+        near = difflib.get_close_matches(path.stem, others, n=1)
+        hint = f" Did you mean '{others[near[0]]}'?" if near else ""
+        raise DataError(
+            f"The data file '{path}' does not exist.{hint}\nCheck the path (working folder: {Path.cwd()})."
+        )
+
+
+def require_model(path: str | Path) -> None:
+    """Raise `ModelError` if no checkpoint or model folder of this name is there; the Hub is not asked."""
+    if not str(path).startswith("hf:/") and not os.path.exists(path):
+        raise ModelError(
+            f"The checkpoint or model folder '{path}' does not exist (working folder: {Path.cwd()}).\n"
+            "A run of 'scmodelforge train' or 'finetune' leaves RUN/model and RUN/checkpoints/best.ckpt; give one of "
+            "them, or hf://USER/NAME of the Hub."
+        )
 
 
 def require_writable(folder: str | Path) -> Path:
@@ -53,15 +82,25 @@ def ensure_writable(folder: str | Path) -> Path:
         ) from error
 
 
-def ensure_target(target: str | Path) -> Path:
-    """Return `target` if a file can be written under this name; raise `UserError` otherwise.
+def require_target(target: str | Path, suffix: str = "") -> Path:
+    """Return `target` if a file can be written under this name, which must end with `suffix`; writes nothing.
 
     Commands ask this before long work, so that its result is not lost for want of a place.
+
+    Raises
+    ------
+    UserError
+        If it is a folder, has another suffix, or its folder cannot be written.
     """
     target = Path(target)
     if target.is_dir():
         raise UserError(f"'{target}' is a folder; the output must be the name of a file in it.")
-    ensure_writable(target.parent)
+    if not target.name.endswith(suffix):
+        raise UserError(
+            f"The output is an {suffix} file, and '{target}' is the name of another kind.\n"
+            f"Give it a name that ends with {suffix}, such as '{target.with_suffix(suffix)}'."
+        )
+    require_writable(target.parent)
     return target
 
 
@@ -76,7 +115,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     UserError
         If the folder cannot be created or written, or `target` is a folder.
     """
-    target = ensure_target(target)
+    target = require_target(target)
+    ensure_writable(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary

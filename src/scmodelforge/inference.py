@@ -71,7 +71,7 @@ def open_for(bundle: ModelBundle, data: Source | list[Source], config: DataConfi
         log.warning("data.extend_vocab has no effect here: genes are added to a model by train and finetune.")
     sources = data if isinstance(data, list) else [data]
     selected = bundle.config.data.preprocessing.hvg is not None
-    return open_store(sources, bundle.vocab, config or DataConfig(), selected_genes=selected)
+    return open_store(sources, bundle.vocab, config or DataConfig(), selected_genes=selected, of_model=True)
 
 
 def embed_store(

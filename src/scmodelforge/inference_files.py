@@ -22,7 +22,7 @@ from anndata.io import write_elem
 from scmodelforge.config import Config
 from scmodelforge.data.zarr import is_zarr
 from scmodelforge.errors import DataError
-from scmodelforge.files import atomic_path, ensure_target
+from scmodelforge.files import atomic_path, require_target
 from scmodelforge.inference import (
     EMBEDDING_KEY,
     PROVENANCE_KEY,
@@ -60,7 +60,7 @@ def embed_file(
     if "/" in key_added:  # HDF5 would make a group of it, which is no embedding
         raise DataError(f"The key '{key_added}' holds a '/', which no name in obsm of a file can.")
     _require_h5ad(source)
-    output = ensure_target(output)
+    output = require_target(output)
     precision = precision_for(precision, default_device())
     bundle = bundle_for(model, config)
     store = open_for(bundle, source, config.data if config else None)
@@ -92,7 +92,7 @@ def annotate_file(
 ) -> pd.DataFrame:
     """Write a copy of an .h5ad file with predicted labels in `obs`; returns them. It goes on as `embed_file`."""
     _require_h5ad(source)
-    output = ensure_target(output)
+    output = require_target(output)
     precision = precision_for(precision, default_device())
     bundle = bundle_for(model, config)
     labels, _ = require_labels(bundle)

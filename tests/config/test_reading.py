@@ -239,6 +239,8 @@ def test_everything_wrong_is_listed_at_once_in_the_order_of_the_file(write: Writ
             "eval: {benchmarks: [{name: scib}]}",
             "must be one of 'linear_probe', 'knn_annotation', 'embedding_quality', ",
         ),
+        ("eval: {benchmarks: [{name: linear_prob}]}", "not 'linear_prob'; did you mean linear_probe?"),
+        ("eval: {baselines: [pcaa]}", "not 'pcaa'; did you mean pca?"),
         ("eval: {benchmarks: [{dataset: x}]}", "eval.benchmarks.0: needs a key 'name' that says what it is"),
         (
             "eval: {benchmarks: [linear_probe]}",
@@ -440,14 +442,24 @@ def test_data_are_required_where_asked(write: Write) -> None:
         check_paths(Config())
 
 
+def test_a_section_that_only_an_override_names_is_its_mistake(write: Write) -> None:
+    path = write("training: {seed: 1}\n")
+    said = "--set trainin.max_epochs: trainin: is unknown; did you mean training?"
+    assert problems(path, "trainin.max_epochs=3") == [said]
+    assert problems(None, "trainin.max_epochs=3") == [said]
+    path = write("trainin: {seed: 1}\n")
+    assert problems(path, "trainin.max_epochs=3") == ["c.yaml:1: trainin: is unknown; did you mean training?"]
+
+
 # --- sections -------------------------------------------------------------------------------------
 
 
-def test_sections_without_effect_are_said(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_section_that_an_override_names_in_vain_is_said_and_a_shared_file_is_not(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     path = write("training: {seed: 1}\nmodel: {num_heads: 8}\n")
     load_config(path, ["finetune.label_key=x"], sections={"model", "eval"})
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "c.yaml: not used by this command: finetune."),
-        ("INFO", "c.yaml: not used by this command: training."),
+        ("WARNING", "--set: not used by this command: finetune."),
     ]

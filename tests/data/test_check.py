@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scmodelforge.config import DataConfig, TokenizerConfig
+from scmodelforge.config import DataConfig, Split, TokenizerConfig
 from scmodelforge.config_io import starter_yaml
 from scmodelforge.data.check import check, check_data
 from scmodelforge.data.sources import open_matrix
+from scmodelforge.data.split import split_cells
 from scmodelforge.data.state import matrix_state, require_counts
 from scmodelforge.data.store import open_store
 from scmodelforge.errors import DataError
@@ -66,7 +67,10 @@ def test_real_logarithms_are_recognised(real_data):
 def test_counts_in_a_layer_are_pointed_to(values, tmp_path):
     adata = adata_of(values, other=LOG1P, counts=COUNTS)
     adata.write_h5ad(tmp_path / "log.h5ad")
-    with pytest.raises(DataError, match=r"(?s)log\.h5ad': X does not hold raw .*data\.layer: counts\."):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)log\.h5ad': X does not hold raw .*data\.layer: counts \(--set data\.layer=counts\)\.",
+    ):
         require_counts(open_matrix(tmp_path / "log.h5ad"))
     with pytest.raises(DataError, match=r"data\.layer: counts"):
         open_store([adata], VOCAB, NO_MINIMUM)
@@ -114,7 +118,7 @@ def test_report_of_good_cells():
         "63 cells × 40 genes",
         "X: raw counts",
         "2 values (T 40, B 20); 3 missing",
-        "2 cells have no count",
+        "2 cells without any count",
     ):
         assert part in text
     assert text.endswith("Ready to train.")
@@ -126,6 +130,72 @@ def test_report_of_logarithms_says_where_counts_are():
     assert report.suggestions.layer == "counts"
     assert "set data.layer: counts" in report.problems[0]
     assert "Not ready to train" in "\n".join(report.lines())
+
+
+@pytest.mark.parametrize("place", ["counts", "raw"])
+def test_figures_are_of_the_counts_wherever_they_are(place):
+    adata = adata_of(LOG1P)
+    if place == "raw":
+        adata.raw = adata_of(COUNTS)
+        adata = adata[:, :20].copy()  # .raw has more genes
+    else:
+        adata.layers["counts"] = sparse.csr_matrix(COUNTS.astype(np.float32))
+    report = check_data(adata, VOCAB, NO_MINIMUM)
+    assert report.library_size["median"] == np.median(COUNTS.sum(axis=1))
+    assert report.share == pytest.approx(COUNTS[:, :30].sum() / COUNTS.sum())
+    assert report.n_measured == 30
+    where = "layer 'counts'" if place == "counts" else "raw"
+    assert f"  all that follows is of {where}, where the raw counts are:" in report.lines()
+    assert "all that follows" not in "\n".join(check_data(adata_of(COUNTS), VOCAB, NO_MINIMUM).lines())
+    assert f"(--set data.layer={place})" in report.problems[0]
+
+
+@pytest.mark.parametrize("values", [broken(np.nan), broken(-1.0), COUNTS * 0])
+def test_bad_values_are_not_said_to_be_normalized(values):
+    (problem, *_) = check_data(adata_of(values), VOCAB, NO_MINIMUM).problems
+    assert "before normalization" not in problem
+    assert "Mend or remove these cells" in problem
+    assert "before normalization" in check_data(adata_of(LOG1P), VOCAB, NO_MINIMUM).problems[0]
+
+
+def test_one_cell_is_refused_as_train_refuses_it():
+    adata = adata_of(COUNTS[:1])
+    report = check_data(adata, VOCAB, NO_MINIMUM)
+    assert "1 cell × 40 genes" in report.lines()[0]
+    assert report.problems == [
+        "one cell cannot be split into training and validation: give more cells, or set data.split.val_split: 0."
+    ]
+    with pytest.raises(DataError, match="1 cell cannot be split into training and validation"):
+        split_cells(adata.obs, NO_MINIMUM.split, 0)
+    alone = NO_MINIMUM.model_copy(update={"split": Split(val_split=0)})
+    assert check_data(adata, VOCAB, alone).problems == []
+
+
+def test_every_column_of_obs_is_named_and_doubled_names_are_counted():
+    adata = adata_of(COUNTS)
+    adata.obs["tissue"] = "blood"
+    adata.obs["age"] = np.r_[np.nan, np.linspace(20, 80, 59)]
+    adata.obs["barcode"] = [f"b{i}" for i in range(60)]
+    adata.obs["empty"] = None
+    adata.obs["sex"] = ["f", "m"] * 30
+    adata.obs_names = ["same"] * 3 + [f"cell{i}" for i in range(57)]
+    text = "\n".join(check_data(adata, VOCAB, NO_MINIMUM).lines())
+    said = "tissue ('blood' throughout), age (numbers from 20 to 80, 1 missing), barcode (60 values), empty (nothing)"
+    assert f"  other columns of obs: {said}" in text
+    assert "obs['sex']: 2 values" in text
+    assert "3 cells with a name (obs_names) that another cell has too" in text
+    assert "another cell has too" not in "\n".join(check_data(adata_of(COUNTS), VOCAB, NO_MINIMUM).lines())
+
+
+def test_values_that_look_like_no_label_are_said(caplog):
+    adata = adata_of(COUNTS)
+    adata.obs["cell_type"] = ["T"] * 30 + ["B"] * 20 + ["unknown"] * 9 + ["Doublet"]
+    adata.obs["sex"] = ["f", "unknown"] * 30  # no column of labels
+    check_data(adata, VOCAB, NO_MINIMUM)
+    (said,) = caplog.messages
+    assert "obs['cell_type'] 'unknown' (9 cells), obs['cell_type'] 'Doublet' (1 cell)." in said
+    assert "finetune.drop_unlabelled: true" in said
+    assert "'sex'" not in said
 
 
 def test_report_finds_what_the_sample_misses():

@@ -23,7 +23,7 @@ from scmodelforge.evaluation.splits import (
 
 
 def labels_of(values, **options):
-    options = {"drop_unlabelled": False} | options
+    options = {"drop_unlabelled": False, "section": "finetune"} | options
     return usable_labels(pd.DataFrame({"cell_type": values}), "cell_type", "cells.h5ad", **options)
 
 
@@ -39,14 +39,14 @@ def test_labels_come_back_as_text_in_the_order_of_the_cells(dtype):
 def test_missing_column_names_the_nearest_and_all():
     obs = pd.DataFrame({"cell_types": ["a"], "donor": ["b"]})
     with pytest.raises(DataError, match=r"cells.h5ad has no obs column 'cell_type'.*'cell_types'") as caught:
-        usable_labels(obs, "cell_type", "cells.h5ad", drop_unlabelled=False)
+        usable_labels(obs, "cell_type", "cells.h5ad", drop_unlabelled=False, section="finetune")
     assert "Columns: cell_types, donor" in str(caught.value)
 
 
 def test_unlabelled_cells_are_refused_or_left_out(caplog):
     values = ["T", None, "B", np.nan, "", "T", "B", "unknown", "unknown"]
     with pytest.raises(
-        DataError, match=r"3 of 9 cells of cells.h5ad have no label(.|\n)*drop_unlabelled: true"
+        DataError, match=r"3 of 9 cells of cells.h5ad have no label(.|\n)*set finetune\.drop_unlabelled: true"
     ):
         labels_of(values)
     with caplog.at_level(logging.INFO):
@@ -61,12 +61,44 @@ def test_small_classes_are_refused_or_left_out(caplog):
     with pytest.raises(DataError, match=r"fewer than 2 cells: 'rare' \(1\)") as caught:
         labels_of(values)
     assert "drop_small_classes" not in str(caught.value)  # not an option of this caller
-    with pytest.raises(DataError, match="drop_small_classes: true"):
-        labels_of(values, drop_small=False)
+    section = "eval.benchmarks[linear_probe].params"
+    with pytest.raises(DataError) as caught:
+        labels_of(values, drop_small=False, section=section)
+    assert f"set {section}.drop_small_classes: true" in str(caught.value)
+    assert f"set {section}.drop_unlabelled: true" in str(caught.value)
     mask, labels = labels_of(values, drop_small=True)
     assert mask.tolist() == [True] * 10 + [False]
     assert set(labels) == {"T", "B"}
     assert "'rare' (1)" in caplog.text
+
+
+def test_numbers_are_not_advised_to_be_merged():
+    ages = np.random.default_rng(0).uniform(20, 80, 30)
+    with pytest.raises(
+        DataError, match=r"values are numbers: to learn the number, set finetune\.head\.task: regr"
+    ):
+        labels_of(ages)
+    with pytest.raises(DataError, match="values are numbers: choose a column of labels"):
+        labels_of(ages, section="eval.benchmarks[linear_probe].params", drop_small=False)
+    with pytest.raises(DataError) as caught:
+        labels_of([f"class{i}" for i in range(25)])
+    assert "number" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["unknown", "Unassigned", "nan", "NA", "N/A", "doublet", "Low quality", "not_assigned"]
+)
+def test_classes_that_look_like_no_label_are_said(name, caplog):
+    labels_of(["T"] * 5 + ["B"] * 5 + [name] * 3)
+    (said,) = caplog.messages
+    assert (
+        f"obs['cell_type'] of cells.h5ad has values that look like no label, and count as classes: '{name}' (3"
+        in said
+    )
+    assert "make their labels missing (NaN) in the file and set finetune.drop_unlabelled: true" in said
+    caplog.clear()
+    labels_of(["NK", "NKT", "Native", "Nonclassical", "None of these"] * 2)
+    assert not caplog.messages
 
 
 def test_many_small_classes_are_not_all_listed():

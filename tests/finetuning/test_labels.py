@@ -92,6 +92,7 @@ def test_regression_leaves_out_or_refuses_cells_without_a_number(
     ("changes", "finetuning", "said"),
     [
         ({}, {"label_key": "cell_typ"}, "AnnData has no obs column 'cell_typ'. Did you mean 'cell_type'?"),
+        ({}, {"label_key": "age"}, "set finetune.head.task: regression"),
         ({0: "rare"}, {}, "obs['cell_type'] of AnnData has classes with fewer than 2 cells: 'rare' (1)."),
         (
             dict.fromkeys(range(240), "B"),

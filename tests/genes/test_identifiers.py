@@ -232,6 +232,22 @@ def test_the_likely_cause(vocab: GeneVocab, var: pd.DataFrame, words: list[str])
     assert [word for word in words if word not in text] == []
 
 
+@pytest.mark.parametrize(
+    ("vocab", "var"),
+    [
+        (HUMAN, frame(*"abc")),
+        (HUMAN, frame("Cd3e", "Ms4a1", "Gapdh")),
+        (HUMAN.subset(np.arange(5)), frame("CD3E", "MS4A1")),
+    ],
+)
+def test_no_other_vocabulary_is_advised_for_a_trained_model(vocab: GeneVocab, var: pd.DataFrame) -> None:
+    match = match_genes(var, vocab)
+    assert "set data.gene_vocab" in likely_cause(match, vocab, var).replace("Set", "set")
+    text = likely_cause(match, vocab, var, of_model=True)
+    assert "data.gene_vocab" not in text
+    assert "trained model" in text or "genes of the model" in text
+
+
 def test_the_likely_cause_of_a_wrong_column() -> None:
     var = frame("CD3E", "MS4A1", remark=["a", "b"])
     match = match_genes(var, HUMAN, "remark")

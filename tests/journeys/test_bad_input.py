@@ -374,6 +374,43 @@ def test_where_to_write_must_be_said_once(trained: Path, cells: Path, tmp_path: 
     assert files_below(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["cells.h5ad", "same/../cells.h5ad", "link.h5ad"])
+def test_the_input_is_not_overwritten_in_silence(
+    name: str, trained: Path, tuned: Path, adata: AnnData, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "cells.h5ad", tmp_path / name
+    adata.write_h5ad(path)
+    (tmp_path / "same").mkdir()
+    (tmp_path / "link.h5ad").symlink_to(path)
+    before, words = path.read_bytes(), (f"--output '{output}' is the input file itself", "--in-place")
+    refused("embed", "--model", trained / "model", "--data", path, "--output", output, words=words)
+    refused("annotate", "--model", tuned / "model", "--data", path, "--output", output, words=words)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["e.csv", "annot.txt", "bare"])
+def test_an_output_that_is_no_h5ad_file(
+    name: str, trained: Path, tuned: Path, cells: Path, tmp_path: Path
+) -> None:
+    output, words = tmp_path / "new" / name, ("The output is an .h5ad file", name, f"{Path(name).stem}.h5ad")
+    refused("embed", "--model", trained / "model", "--data", cells, "--output", output, words=words)
+    refused("annotate", "--model", tuned / "model", "--data", cells, "--output", output, words=words)
+    refused("genes", "--model", trained / "model", "--output", output, words=words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_there_gets_a_next_step(cells: Path, tmp_path: Path) -> None:
+    embed = ("embed", "--model", tmp_path / "nomodel", "--data", cells, "--output", tmp_path / "e.h5ad")
+    words = (f"The checkpoint or model folder '{tmp_path / 'nomodel'}' does not exist", "scmodelforge train")
+    refused(*embed, words=(*words, "RUN/model", "best.ckpt"))
+
+
+def test_no_unlike_file_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "neg.h5ad").touch()
+    assert "Did you mean" not in refused("check", tmp_path / "nothere.h5ad", words=("does not exist",))
+    refused("check", tmp_path / "negs.h5ad", words=(f"Did you mean '{tmp_path / 'neg.h5ad'}'?",))
+
+
 def test_init_overwrites_nothing(cells: Path, config: Path) -> None:
     before = config.read_text()
     refused("init", cells, "--output", config, words=(str(config), "exists already"))

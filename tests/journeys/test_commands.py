@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,9 @@ def test_perturb_says_what_is_missing(trained: Path, cells: Path, tmp_path: Path
     refused(*perturb, words=("either --genes A,B (or all) or --set-of-genes A,B",))
     refused(*perturb, "--genes", "CD74", "--set-of-genes", "LYZ", words=("either --genes",))
     refused(*perturb, "--genes", "CD74A", words=("CD74A: unknown name; did you mean CD74",))
+    refused(*perturb, "--genes", "CD74", "--how", "foo", words=("how is 'foo'",))
+    refused(*perturb, "--genes", "CD74", "--state-key", "nothing", "--start", "B", words=("no obs column",))
+    assert not (tmp_path / "out").exists()
 
 
 def test_annotate_twice_overwrites(tuned: Path, cells: Path, tmp_path: Path) -> None:
@@ -217,8 +221,29 @@ def test_benchmark_writes_model_and_baselines(
     assert any("split by cell" in note for note in record["notes"])
     assert "split by cell" in answer.out
     assert (record["n_cells"], record["seed"]) == (700, 0)
+    seen = "were in the training of this model, which flatters it."
+    assert (answer.out + answer.err).count(seen) == 1
+    assert any(note.endswith(seen) for note in record["notes"])
+    assert f"linear_probe: {', '.join(['model', *BASELINES])}\n" in answer.err
+    took = re.findall(r"^linear_probe: (\w+) took [\d.]+ s$", answer.err, re.MULTILINE)
+    assert took == ["model", *BASELINES]
+    embedded = re.findall(r"^(\w+): embedded in [\d.]+ s$", answer.err, re.MULTILINE)
+    assert embedded == ["model", "pca", "untrained"]
+    assert not any("took" in note or "embedded in" in note for note in record["notes"])
     done("benchmark", *arguments, *sets(**{"eval__baselines": "[]"}))
     assert [row["method"] for row in json.loads(output.read_text())["results"]] == ["model"]
+
+
+def test_a_benchmark_announces_the_methods_that_it_scores(trained: Path, cells: Path, tmp_path: Path) -> None:
+    spec = "eval.benchmarks=[{name: knn_annotation, params: {n_splits: 1, held_out_classes: []}}]"
+    answer = done(
+        *("benchmark", "--model", trained / "model", "--data", cells, "--set", spec),
+        *("--output", tmp_path / "r.json"),
+    )
+    scored = [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["results"]]
+    assert "log_normalized" not in scored
+    assert f"knn_annotation: {', '.join(scored)}\n" in answer.err
+    assert re.search(rf"knn_annotation on test took [\d.]+ s: {', '.join(scored)}\n", answer.err)
 
 
 def test_finetune_with_adapters_goes_on_to_annotate(
@@ -297,7 +322,7 @@ def test_config_schema_is_json() -> None:
 
 def test_a_key_without_effect_is_said(cells: Path) -> None:
     answer = done("check", cells, *sets(training__max_epochs=3))
-    assert "Warning: config: not used by this command: training." in answer.err
+    assert "Warning: --set: not used by this command: training." in answer.err
 
 
 def test_python_does_what_the_commands_do(

@@ -187,7 +187,8 @@ def test_the_extra_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytes
     words = ("huggingface_hub", "pip install 'scmodelforge[hub]'")
     refused("push", "--model", folder, "--to", NAME, words=words)
     refused("pull", NAME, "--output", tmp_path / "theirs", words=words)
-    refused("tokens", "cells.h5ad", "--model", f"hf://{NAME}", words=words)
+    (tmp_path / "cells.h5ad").touch()
+    refused("tokens", tmp_path / "cells.h5ad", "--model", f"hf://{NAME}", words=words)
 
 
 def test_private_is_not_taken_for_granted(hub: Hub, folder: Path) -> None:
@@ -204,7 +205,8 @@ def test_repositories_without_a_model_of_ours(hub: Hub, tmp_path: Path) -> None:
     refused("pull", "them/bert", "--output", tmp_path / "bert", words=words)
     assert not (tmp_path / "bert").exists()
     assert not any("resolve" in path for _, path in hub.asked)  # nothing was fetched
-    refused("tokens", "cells.h5ad", "--model", "hf://them/bert", words=words)
+    (tmp_path / "cells.h5ad").touch()
+    refused("tokens", tmp_path / "cells.h5ad", "--model", "hf://them/bert", words=words)
 
 
 def test_only_the_files_of_a_model_are_fetched(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -255,10 +257,17 @@ def test_what_the_hub_refuses_is_said(
     assert not (tmp_path / "theirs").exists()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused("pull", NAME, *out, words=("HF_HUB_OFFLINE",))
-    refused("tokens", "cells.h5ad", "--model", commit.address, words=("HF_HUB_OFFLINE",))
+    refused("push", "--model", folder, "--to", NAME, words=("HF_HUB_OFFLINE", "Unset it to send the model"))
+    cells = tmp_path / "cells.h5ad"
+    cells.touch()
+    refused("tokens", cells, "--model", commit.address, words=("HF_HUB_OFFLINE",))
 
 
-def test_no_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9\) cannot be reached"):
         pull(NAME, tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9\) cannot be reached") as error:
+        push(folder, NAME)
+    assert "push again" in str(error.value)
+    assert "pulled" not in str(error.value)

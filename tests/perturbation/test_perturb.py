@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from scipy.stats import ranksums
 
 import scmodelforge
@@ -253,6 +255,52 @@ def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "G20: in none of these cells, so there is nothing to delete. They are left out." in said
     assert "11 of 12 cells are perturbed (max_cells)." in said
     assert "random perturbations of these cells: mean shift" in said
+
+
+def test_a_gene_beyond_the_tokens_is_not_said_to_be_missing(caplog: pytest.LogCaptureFixture) -> None:
+    bundle, cells = bundle_of("mean", V1), few_cells()
+    counts = cells.X.toarray()
+    counts[:, :15], counts[:, 20], counts[:, 21] = 50, 0, 0
+    counts[:5, 20] = 1  # expressed, but the other genes of these cells come first
+    counts[:, 22] = 60
+    counts[:4, 22] = 1  # so in four cells
+    cells.X = sparse.csr_matrix(counts)
+    with caplog.at_level(logging.INFO, "scmodelforge"):
+        table = scmodelforge.perturb(cells, bundle, ["G20", "G21", "G22"])
+    assert table["symbol"].tolist() == ["G22"]
+    assert table["n_cells"].tolist() == [8]
+    said = "\n".join(caplog.messages)
+    of = "the 12 genes that the model reads of a cell (tokenizer.max_genes)"
+    assert f"G20: expressed in 5 of these cells, but in none among {of}" in said
+    assert "G21: in none of these cells" in said
+    assert f"G22: expressed in 12 of these cells, in 8 among {of}" in said
+    with pytest.raises(
+        UserError, match=r"G20: expressed in 5 of these cells, but in none among the 12 genes"
+    ):
+        scmodelforge.perturb(cells, bundle, ["G20"])
+
+
+@pytest.mark.parametrize("how", ["delete", "overexpress"])
+@pytest.mark.parametrize("null", [None, "NK"])
+@pytest.mark.parametrize("genes", ["all", ["G20", "G21"]])
+def test_what_there_is_to_compute_is_said_before(
+    genes: str | list[str],
+    null: str | None,
+    how: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "SECONDS", -1.0)
+    options: dict[str, Any] = {"state_key": "cell_type", "start": "B", "null": null} if null else {}
+    with caplog.at_level(logging.INFO, "scmodelforge"):
+        scmodelforge.perturb(few_cells(40), bundle_of("mean", V2), genes, how=how, **options)
+    announced = next(text for text in caplog.messages if "perturbed cells" in text)
+    numbers = re.findall(r"([\d,]+) (?:perturbed cells|with random|of [\d,]+ cells of 'NK')", announced)
+    total = sum(int(number.replace(",", "")) for number in numbers)
+    assert len(numbers) == (1 if genes == "all" and null is None else 2), announced
+    last = [text for text in caplog.messages if text.endswith(" left")][-1]
+    assert last.startswith(f"{total:,} of {total:,} perturbed cells (")
+    assert last.endswith("about 0:00:00 left")
 
 
 @pytest.mark.parametrize("how", ["delete", "overexpress"])

@@ -6,6 +6,7 @@ hold: all problems are collected into one report, with what to do about each.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,17 +17,21 @@ import pandas as pd
 from scmodelforge.config import DataConfig, TokenizerConfig
 from scmodelforge.config_io import Suggestions
 from scmodelforge.data.matrix import Matrix
+from scmodelforge.data.obs import no_labels
 from scmodelforge.data.sources import Source, located, matrix_places, open_matrix
 from scmodelforge.data.species import species_of_matrices
-from scmodelforge.data.state import locate, matrix_state
+from scmodelforge.data.state import layer_settings, locate, matrix_state
 from scmodelforge.data.statistics import quantiles
 from scmodelforge.data.store import missing_obs_column, to_vocabulary, warn_if_few
 from scmodelforge.genes.identifiers import GeneMatch, likely_cause, match_genes
 from scmodelforge.genes.vocab import GeneVocab, predefined, resolve_vocab
 
+log = logging.getLogger(__name__)
+
 BLOCK_CELLS = 1024
 MAX_CLASSES = 200  # a column with more distinct values is no label
 SHOWN_CLASSES = 8
+SHOWN_COLUMNS = 20
 MISSING = "(missing)"
 LABEL_WORDS = ("cell_type", "celltype", "cell_label", "label", "annotation", "cluster", "louvain", "leiden")
 GROUP_WORDS = ("donor", "patient", "subject", "individual", "sample", "batch", "library")
@@ -43,6 +48,8 @@ class CheckReport:
     ----------
     name, n_cells, n_genes, storage
         The matrix that training would read.
+    counted
+        The place that the figures below are of: the same, or another one of the file if only that holds raw counts.
     states
         Place ("X", "layer 'NAME'", "raw") → what it holds.
     genes
@@ -57,8 +64,12 @@ class CheckReport:
         Genes of the vocabulary, and how many of them the file measured.
     genes_per_cell, library_size
         Quantiles over the cells: vocabulary genes with a count, and counts over all genes.
+    n_doubled_names
+        Cells whose name (obs_names) another cell has as well.
     columns
         obs columns with few distinct values → cells of each value, "(missing)" for none.
+    other_columns
+        The other obs columns → what they hold, in words.
     problems
         What stands in the way of training, each with what to do; empty if nothing does.
     suggestions
@@ -69,6 +80,7 @@ class CheckReport:
     n_cells: int
     n_genes: int
     storage: str
+    counted: str
     states: dict[str, str]
     genes: str
     share: float
@@ -79,7 +91,9 @@ class CheckReport:
     n_measured: int
     genes_per_cell: dict[str, float]
     library_size: dict[str, float]
+    n_doubled_names: int
     columns: dict[str, dict[str, int]]
+    other_columns: dict[str, str]
     problems: list[str]
     suggestions: Suggestions
 
@@ -91,8 +105,10 @@ class CheckReport:
 
     def lines(self, tokenizer: TokenizerConfig | None = None) -> list[str]:
         """Return the report for people; with a tokenizer section also how many tokens its cells become."""
-        out = [f"{self.name}: {self.n_cells:,} cells × {self.n_genes:,} genes ({self.storage})"]
+        out = [f"{self.name}: {_cells_text(self.n_cells)} × {self.n_genes:,} genes ({self.storage})"]
         out += [f"  {place}: {state}" for place, state in self.states.items()]
+        if self.counted != next(iter(self.states)):
+            out += [f"  all that follows is of {self.counted}, where the raw counts are:"]
         out += [f"  genes: {self.genes}", f"  counts on vocabulary genes: {self.share:.1%}"]
         out += [f"  vocabulary genes measured: {self.n_measured:,} of {self.n_vocabulary:,}"]
         out += [f"  vocabulary genes per cell: {_quantile_text(self.genes_per_cell)}"]
@@ -107,10 +123,18 @@ class CheckReport:
                 out += [f"  tokens per cell, at most {longest:,}: {_quantile_text(tokens)}"]
         out += [f"  library size (all genes):  {_quantile_text(self.library_size)}"]
         if self.n_empty:
-            out.append(f"  {self.n_empty:,} cells have no count at all")
+            out.append(f"  {_cells_text(self.n_empty)} without any count")
         if self.n_without_genes > self.n_empty:
-            out.append(f"  {self.n_without_genes:,} cells have no count on a gene of the vocabulary")
+            out.append(f"  {_cells_text(self.n_without_genes)} without a count on a gene of the vocabulary")
+        if self.n_doubled_names:
+            out.append(
+                f"  {_cells_text(self.n_doubled_names)} with a name (obs_names) that another cell has too"
+            )
         out += [f"  obs['{column}']: {_class_text(counts)}" for column, counts in self.columns.items()]
+        if self.other_columns:
+            held = [f"{column} ({what})" for column, what in self.other_columns.items()]
+            more = f" and {len(held) - SHOWN_COLUMNS} more" if len(held) > SHOWN_COLUMNS else ""
+            out.append(f"  other columns of obs: {', '.join(held[:SHOWN_COLUMNS])}{more}")
         if not self.problems:
             return [*out, "Ready to train."]
         return [*out, "Not ready to train:", *(f"  - {problem}" for problem in self.problems)]
@@ -155,19 +179,22 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         If the file cannot be read, or the layer or gene column does not exist.
     """
     matrix = open_matrix(source, config.layer)
-    match = match_genes(matrix.var, vocab, config.gene_column, species_of_matrices([matrix], config)[0])
     matrices = [matrix] + [open_matrix(source, p) for p in matrix_places(source) if p != config.layer]
     states = {each.place: matrix_state(each) for each in matrices}
     counted = [each.layer for each in matrices if states[each.place].kind == "counts"]
 
-    cells = _full_pass(matrix, match)
+    best_layer = config.layer if config.layer in counted or not counted else counted[0]
+    best = next(each for each in matrices if each.layer == best_layer)
+    match = match_genes(best.var, vocab, config.gene_column, species_of_matrices([best], config)[0])
+    cells = _full_pass(best, match)
     share = float(cells.inside / cells.library.sum()) if cells.library.sum() > 0 else 0.0
     problems = []
     if config.layer not in counted:
         remedy = "No other place in the file holds raw counts: use it as it was before normalization."
         if counted:
-            layer = "null" if counted[0] is None else counted[0]
-            remedy = f"Raw counts are in the same file: set data.layer: {layer}."
+            remedy = f"Raw counts are in the same file: set {layer_settings(counted[:1])}."
+        elif states[matrix.place].kind in ("invalid", "empty"):
+            remedy = "Mend or remove these cells, or name a layer that holds the counts (data.layer)."
         problems.append(
             f"{matrix.place} does not hold raw counts, but {states[matrix.place].detail}. {remedy}"
         )
@@ -179,17 +206,22 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
     if share < config.min_gene_overlap:
         problems.append(
             f"only {share:.1%} of the counts are on genes of the vocabulary '{vocab.name}', below "
-            f"data.min_gene_overlap ({config.min_gene_overlap:.1%}). {likely_cause(match, vocab, matrix.var)}"
+            f"data.min_gene_overlap ({config.min_gene_overlap:.1%}). {likely_cause(match, vocab, best.var)}"
         )
     else:
-        warn_if_few(matrix, match, vocab, share)
-    best_layer = config.layer if config.layer in counted or not counted else counted[0]
+        warn_if_few(best, match, vocab, share)
+    if matrix.n_cells < 2 and config.split.val_split:
+        problems.append(
+            "one cell cannot be split into training and validation: give more cells, or set data.split.val_split: 0."
+        )
     columns = _columns(matrix.obs)
+    _warn_of_no_labels(columns, matrix.name)
     return CheckReport(
         name=matrix.name,
         n_cells=matrix.n_cells,
         n_genes=matrix.n_genes,
         storage=matrix.storage,
+        counted=best.place,
         states={place: state.detail for place, state in states.items()},
         genes=match.summary(),
         share=share,
@@ -200,7 +232,13 @@ def check_data(source: Source, vocab: GeneVocab, config: DataConfig) -> CheckRep
         n_measured=match.n_genes,
         genes_per_cell=quantiles(cells.n_genes),
         library_size=quantiles(cells.library),
+        n_doubled_names=int(matrix.obs.index.duplicated(keep=False).sum()),
         columns=columns,
+        other_columns={
+            str(name): _column_text(matrix.obs[name])
+            for name in matrix.obs.columns
+            if str(name) not in columns
+        },
         problems=problems,
         suggestions=_suggest(matrix, best_layer, columns),
     )
@@ -239,6 +277,39 @@ def _full_pass(matrix: Matrix, match: GeneMatch) -> _Cells:
 
 def _quantile_text(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
+
+
+def _cells_text(n: int) -> str:
+    return f"{n:,} cell{'s' * (n != 1)}"
+
+
+def _column_text(values: pd.Series) -> str:
+    """What an obs column holds that is no label: one value, numbers, or as many texts as cells."""
+    missing = f", {values.isna().sum():,} missing" if values.isna().any() else ""
+    distinct = values.dropna().unique()
+    if len(distinct) < 2:
+        return f"'{distinct[0]}' throughout{missing}" if len(distinct) else "nothing"
+    if pd.api.types.is_numeric_dtype(values.dtype):
+        return f"numbers from {values.min():,.4g} to {values.max():,.4g}{missing}"
+    return f"{len(distinct):,} values{missing}"
+
+
+def _warn_of_no_labels(columns: dict[str, dict[str, int]], name: str) -> None:
+    """Say which columns of labels have texts that look like none, and what to do with the cells."""
+    found = [
+        f"obs['{column}'] '{label}' ({_cells_text(counts[label])})"
+        for column, counts in columns.items()
+        if any(word in column.lower() for word in LABEL_WORDS)
+        for label in no_labels(label for label in counts if label != MISSING)
+    ]
+    if found:
+        log.warning(
+            "'%s': some values look like no label, and would be learned and scored as classes: %s. To leave these "
+            "cells out, make their labels missing (NaN) in the file and set finetune.drop_unlabelled: true (for a "
+            "benchmark params.drop_unlabelled: true in eval.benchmarks).",
+            name,
+            ", ".join(found),
+        )
 
 
 def _class_text(counts: dict[str, int]) -> str:

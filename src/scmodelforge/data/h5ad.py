@@ -8,11 +8,9 @@ itself is never loaded; 8 bytes per cell are (`indptr`).
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -46,6 +44,7 @@ from scmodelforge.data.matrix import (
 from scmodelforge.data.obs import column_names, read_rows
 from scmodelforge.data.open_files import LentFile, Mapped
 from scmodelforge.errors import DataError
+from scmodelforge.files import require_data
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +169,7 @@ def _places(file: h5py.File) -> list[str | None]:
 
 
 def _open_file(path: Path, name: str, cache_bytes: int) -> h5py.File:
-    if not os.path.exists(path):  # not path.exists(), which raises where a folder above may not be read
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.h5ad")], n=1)
-        hint = f" Did you mean '{path.with_name(near[0])}'?" if near else ""
-        raise DataError(
-            f"The data file '{name}' does not exist.{hint}\nCheck the path (working folder: {Path.cwd()})."
-        )
+    require_data(path)
     if path.is_dir():
         raise DataError(f"'{name}' is a folder; expected the path of an .h5ad file.")
     slots = max(521, CACHE_SLOTS * cache_bytes // CACHE_BYTES | 1)  # 8 bytes each, for every dataset

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import h5py
 import pandas as pd
 from anndata.io import read_elem
+
+# Texts that annotators write where they have no label; compared in lower case, without spaces, dashes and the like.
+NO_LABELS = frozenset(
+    {"unknown", "unknowns", "unk", "unassigned", "notassigned", "unannotated", "unlabelled", "unlabeled"}
+    | {"unclassified", "undetermined", "undefined", "ambiguous", "nan", "na", "none", "null", "notavailable"}
+    | {"doublet", "doublets", "multiplet", "multiplets", "lowquality"}
+)
+
+
+def no_labels(labels: Iterable[str]) -> list[str]:
+    """Those of some labels that say that there is none, such as "Unassigned", "NA" or "doublet"."""
+    return [label for label in labels if re.sub(r"[\W_]", "", label).lower() in NO_LABELS]
 
 
 def column_names(frame: Any) -> list[str]:

@@ -6,6 +6,7 @@ values) is recognised by its numbers, so that the message can say what was seen 
 
 from __future__ import annotations
 
+import shlex
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -153,8 +154,7 @@ def require_counts(matrix: Matrix, state: MatrixState | None = None) -> None:
         return
     message = f"'{matrix.name}': {matrix.place} does not hold raw counts, but {state.detail}.\n"
     if found := counts_elsewhere(matrix):
-        places = " or ".join(f"data.layer: {'null' if layer is None else layer}" for layer in found)
-        raise DataError(f"{message}Raw counts are in the same file: set {places}.")
+        raise DataError(f"{message}Raw counts are in the same file: set {layer_settings(found)}.")
     if state.kind == "invalid":
         raise DataError(
             f"{message}Mend or remove these cells, or name the layer with the counts (data.layer)."
@@ -163,6 +163,12 @@ def require_counts(matrix: Matrix, state: MatrixState | None = None) -> None:
         f"{message}No layer and no .raw of it holds raw counts either. Use the file as it was before "
         "normalization, or store the counts in a layer and name it with data.layer."
     )
+
+
+def layer_settings(layers: list[str | None]) -> str:
+    """How to name each of these layers, in a config and on the command line."""
+    names = ["null" if layer is None else layer for layer in layers]
+    return " or ".join(f"data.layer: {name} (--set {shlex.quote(f'data.layer={name}')})" for name in names)
 
 
 def counts_elsewhere(matrix: Matrix) -> list[str | None]:

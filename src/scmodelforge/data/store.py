@@ -228,6 +228,7 @@ def open_store(
     config: DataConfig,
     require_counts: bool = True,
     selected_genes: bool = False,
+    of_model: bool = False,
 ) -> CellStore:
     """Open matrices as one store, and refuse early what cannot be trained on.
 
@@ -245,6 +246,8 @@ def open_store(
         The vocabulary is a selection of variable genes, which hold a small share of the counts: ask that
         `min_gene_overlap` of the counts is on known genes of its species instead, or, of a species without
         a table, that so many of its genes are in the file.
+    of_model
+        The vocabulary is that of a trained model, so no message advises another one.
 
     Raises
     ------
@@ -281,9 +284,9 @@ def open_store(
             raise DataError(
                 f"'{matrix.name}': only {share:.1%} {what} '{vocab.name}'; "
                 f"data.min_gene_overlap asks for {config.min_gene_overlap:.1%}.\n"
-                f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var)}"
+                f"It {match.summary()}.\n{likely_cause(match, vocab, matrix.var, of_model)}"
             )
-        warn_if_few(matrix, match, vocab, share)
+        warn_if_few(matrix, match, vocab, share, of_model)
         sampled.append(sample)
     store = CellStore(matrices, matches, vocab)
     store.sampled = sampled
@@ -327,7 +330,9 @@ def obs_categories(obs: pd.DataFrame, columns: Sequence[str]) -> dict[str, tuple
     return {column: tuple(sorted(obs[column].dropna().astype(str).unique())) for column in columns}
 
 
-def warn_if_few(matrix: Matrix, match: GeneMatch, vocab: GeneVocab, share: float) -> None:
+def warn_if_few(
+    matrix: Matrix, match: GeneMatch, vocab: GeneVocab, share: float, of_model: bool = False
+) -> None:
     """Warn, with the likely cause, where much of a file's counts is outside the vocabulary."""
     if share < FEW:
         log.warning(
@@ -335,7 +340,7 @@ def warn_if_few(matrix: Matrix, match: GeneMatch, vocab: GeneVocab, share: float
             matrix.name,
             f"{share:.1%}",
             vocab.name,
-            likely_cause(match, vocab, matrix.var),
+            likely_cause(match, vocab, matrix.var, of_model),
         )
 
 

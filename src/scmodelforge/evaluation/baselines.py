@@ -7,6 +7,7 @@ fits them itself, on the same training cells as the others.
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 log = logging.getLogger(__name__)
+progress = logging.getLogger("scmodelforge.evaluation.progress")  # is no note of the results
 
 TARGET_SUM = 10_000  # counts per cell after normalization, scanpy's usual choice
 N_TOP_GENES = 2000
@@ -53,7 +55,7 @@ def baseline_methods(bundle: ModelBundle, cells: EvaluationCells, config: EvalCo
     """
     methods: dict[str, Method] = {}
     for name in dict.fromkeys(config.baselines):
-        embedding, fresh = None, None
+        embedding, fresh, began = None, None, time.monotonic()
         if name == "untrained":
             fresh = untrained(bundle, config.seed)
             embedding = embed_store(fresh, cells.store, config.batch_size)
@@ -67,6 +69,8 @@ def baseline_methods(bundle: ModelBundle, cells: EvaluationCells, config: EvalCo
         elif name == "scvi":
             embedding = scvi_embedding(cells, config)
         methods[name] = Method(name, True, embedding, fresh)
+        if embedding is not None:
+            progress.info("%s: embedded in %.1f s", name, time.monotonic() - began)
     return list(methods.values())
 
 

@@ -7,7 +7,9 @@ of its own (majority class, no change) under their own names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +20,8 @@ from scipy import sparse
 from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.store import CellStore
 from scmodelforge.models.bundle import ModelBundle
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,18 @@ class Scores:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     units: Mapping[str, np.ndarray] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def announced(methods: Sequence[Method], benchmark: str) -> Iterator[Method]:
+    """The methods that a benchmark scores, one by one; of several it is said which, and how long each took."""
+    if len(methods) < 2:  # as while a model trains
+        yield from methods
+        return
+    log.info("%s: %s", benchmark, ", ".join(method.name for method in methods))
+    for method in methods:
+        began = time.monotonic()
+        yield method
+        log.info("%s: %s took %.1f s", benchmark, method.name, time.monotonic() - began)
 
 
 class Benchmark(Protocol):

@@ -20,7 +20,7 @@ import pandas as pd
 from scmodelforge.config_eval import EmbeddingQualityParams
 from scmodelforge.errors import DataError, require_extra
 from scmodelforge.evaluation.baselines import pca_embedding
-from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores, announced
 from scmodelforge.evaluation.kbet import MIN_CELLS as MIN_CLASS_FOR_KBET
 from scmodelforge.evaluation.kbet import kbet_per_label
 from scmodelforge.evaluation.neighbors import nearest_neighbors
@@ -46,7 +46,13 @@ def quality_cells(
     DataError
         If labels or batches cannot be used, cells are too few, or no class occurs in two batches.
     """
-    mask, labels = usable_labels(obs, params.cell_type_key, where, drop_unlabelled=params.drop_unlabelled)
+    mask, labels = usable_labels(
+        obs,
+        params.cell_type_key,
+        where,
+        drop_unlabelled=params.drop_unlabelled,
+        section="eval.benchmarks[embedding_quality].params",
+    )
     rows = np.flatnonzero(mask)
     batches = usable_groups(obs.iloc[rows], params.batch_key, where) if params.batch_key else None
     if len(rows) > params.max_cells:
@@ -82,16 +88,23 @@ class EmbeddingQuality:
 
         With batches, `pcr_comparison` compares with the PCA of the counts, the baseline's where it is there.
         """
-        embeddings = {method.name: method.embedding for method in methods if method.embedding is not None}
+        scored = [method for method in methods if method.embedding is not None]
         unintegrated = None
         if params.batch_key is not None:
-            pca = embeddings.get("pca")
+            pca = next((method.embedding for method in scored if method.name == "pca"), None)
             unintegrated = pca_embedding(cells.counts, seed) if pca is None else pca
         return {
-            name: Scores(
-                embedding_quality(embedding, cells.store.obs, params, seed, cells.where, unintegrated)
+            method.name: Scores(
+                embedding_quality(
+                    method.embedding,  # type: ignore[arg-type]
+                    cells.store.obs,
+                    params,
+                    seed,
+                    cells.where,
+                    unintegrated,
+                )
             )
-            for name, embedding in embeddings.items()
+            for method in announced(scored, "embedding_quality")
         }
 
 
@@ -144,7 +157,6 @@ def embedding_quality(
     require_extra("scib_metrics", "eval", "The benchmark embedding_quality")
     rows, labels, batches = quality_cells(obs, params, seed, where)
     check_embedding(embedding, len(obs))
-    log.info("embedding_quality: %s cells", len(rows))
     points = np.ascontiguousarray(embedding[rows], dtype=np.float32)
     with _quiet():
         scores = _scib(points, labels, batches)

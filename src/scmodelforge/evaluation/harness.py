@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method
 from scmodelforge.evaluation.seen import SeenCells, seen_cells
 from scmodelforge.evaluation.splits import check_embedding
 from scmodelforge.evaluation.uncertainty import paired_test
-from scmodelforge.files import ensure_target, write_text
+from scmodelforge.files import require_target, write_text
 from scmodelforge.inference import as_bundle, embed_store, open_for
 from scmodelforge.models.bundle import ModelBundle, with_model_of
 
 log = logging.getLogger(__name__)
 
+PROGRESS = tuple(f"scmodelforge.evaluation.{name}" for name in ("harness", "benchmark", "progress"))
 VERSIONS_OF = ("scmodelforge", "torch", "scanpy", "scikit-learn", "scib-metrics")
 
 
@@ -123,7 +125,7 @@ def evaluate(
         If config and model contradict each other, or data or labels cannot be used, or a figure is not a number.
     """
     if output is not None:
-        ensure_target(output)
+        require_target(output)
     bundle = as_bundle(model)
     with_model_of(config, bundle, str(model) if not isinstance(model, ModelBundle) else "memory")
     with _collected_notes() as notes:
@@ -152,15 +154,21 @@ def _run_all(config: Config, bundle: ModelBundle, cells: EvaluationCells) -> lis
     for spec, one in benchmarks:  # before anything long starts
         one.check(cells, spec.params, seed)
     check_baselines(cells, config.eval)
+    began = time.monotonic()
     embedding = embed_store(bundle, cells.store, config.eval.batch_size)
+    log.info("model: embedded in %.1f s", time.monotonic() - began)
     methods = [Method("model", False, embedding, bundle), *baseline_methods(bundle, cells, config.eval)]
     for rival in methods:
         if rival.embedding is not None:
             check_embedding(rival.embedding, cells.store.n_cells, rival.name)
     results = []
     for spec, one in benchmarks:
-        log.info("%s on %s: %s", spec.name, spec.dataset, ", ".join(method.name for method in methods))
+        log.info("%s on %s", spec.name, spec.dataset)
+        began = time.monotonic()
         scores = one.run(methods, cells, spec.params, seed)
+        log.info(
+            "%s on %s took %.1f s: %s", spec.name, spec.dataset, time.monotonic() - began, ", ".join(scores)
+        )
         for method, score in scores.items():
             _require_numbers(score, f"{spec.name} of {method}")
         _compare_with_untrained(f"{spec.name} on {spec.dataset}", scores, seed)
@@ -242,7 +250,7 @@ class _Notes(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        of_evaluation = record.name.startswith("scmodelforge.evaluation") and record.name != __name__
+        of_evaluation = record.name.startswith("scmodelforge.evaluation") and record.name not in PROGRESS
         if of_evaluation or record.levelno >= logging.WARNING:
             self.messages.append(record.getMessage())
 

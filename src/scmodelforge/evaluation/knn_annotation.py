@@ -24,7 +24,7 @@ from scipy import sparse
 from scmodelforge.config_eval import KnnAnnotationParams
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation import calibration
-from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores, announced
 from scmodelforge.evaluation.classification import UNTESTED, label_scores
 from scmodelforge.evaluation.linear_probe import ProbeCells, probe_cells
 from scmodelforge.evaluation.neighbors import nearest_neighbors
@@ -105,14 +105,13 @@ class KnnAnnotation:
             "split": used.split,
         }
         found = {}
-        for method in methods:
+        scored = [one for one in methods if one.embedding is not None or one.name == "majority"]
+        for method in announced(scored, "knn_annotation"):
             if method.embedding is not None:
                 check_embedding(method.embedding, len(used.mask))
                 transferred = transfer(method.embedding[used.mask], used, params.n_neighbors, held_out)
-            elif method.name == "majority":
-                transferred = _largest_class(used, held_out)
             else:
-                continue
+                transferred = _largest_class(used, held_out)
             scores = transfer_scores(transferred, used, held_out, seed)
             found[method.name] = replace(scores, metrics={**scores.metrics, **facts})
         return found

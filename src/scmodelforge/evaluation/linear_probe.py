@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from scmodelforge.config_eval import LinearProbeParams
+from scmodelforge.config_eval import KnnAnnotationParams, LinearProbeParams
 from scmodelforge.evaluation.baselines import log_normalized
-from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores, announced
 from scmodelforge.evaluation.classification import UNTESTED, label_scores
 from scmodelforge.evaluation.splits import check_embedding, probe_groups, probe_splits, usable_labels
 
 log = logging.getLogger(__name__)
 
+OF_LABELS = ("log_normalized", "majority")  # methods without an embedding that labels allow
 MAX_ITERATIONS = 1000  # of lbfgs; standardized embeddings converge within some hundred
 SPARSE_TOLERANCE = (
     1e-3  # on all genes: a third of the iterations of scikit-learn's 1e-4, and the same accuracy
@@ -63,11 +64,13 @@ def probe_cells(obs: pd.DataFrame, params: LinearProbeParams, seed: int, where: 
     DataError
         If labels or groups cannot be used.
     """
+    name = "knn_annotation" if isinstance(params, KnnAnnotationParams) else "linear_probe"
     mask, labels = usable_labels(
         obs,
         params.cell_type_key,
         where,
         drop_unlabelled=params.drop_unlabelled,
+        section=f"eval.benchmarks[{name}].params",
         min_cells=max(2, params.min_cells_per_class),  # one cell cannot both train and test
         drop_small=params.drop_small_classes,
     )
@@ -108,32 +111,30 @@ class LinearProbe:
             "split": used.split,
         }
         found = {}
-        for method in methods:
+        scored = [one for one in methods if one.embedding is not None or one.name in OF_LABELS]
+        for method in announced(scored, "linear_probe"):
             predicted = _predicted(method, cells, used)
-            if predicted is not None:
-                scores = label_scores(used.truth, predicted, used.classes, used.groups, seed)
-                found[method.name] = Scores(
-                    {**scores.metrics, **facts}, scores.intervals, scores.units, scores.details
-                )
+            scores = label_scores(used.truth, predicted, used.classes, used.groups, seed)
+            found[method.name] = Scores(
+                {**scores.metrics, **facts}, scores.intervals, scores.units, scores.details
+            )
         return found
 
 
 BENCHMARK = LinearProbe()
 
 
-def _predicted(method: Method, cells: EvaluationCells, used: ProbeCells) -> np.ndarray | None:
-    """int64 (n_cells, n_splits) predicted classes, `UNTESTED` elsewhere; None where a method cannot predict."""
+def _predicted(method: Method, cells: EvaluationCells, used: ProbeCells) -> np.ndarray:
+    """int64 (n_cells, n_splits) predicted classes, `UNTESTED` elsewhere."""
     if method.embedding is not None:
         check_embedding(method.embedding, len(used.mask))
         return probe(method.embedding[used.mask], used.truth, used.splits, method.name)
     if method.name == "log_normalized":
         return probe(log_normalized(cells.counts)[used.mask], used.truth, used.splits, method.name)
-    if method.name == "majority":
-        predicted = np.full((len(used.truth), len(used.splits)), UNTESTED)
-        for place, (train, test) in enumerate(used.splits):
-            predicted[test, place] = np.bincount(used.truth[train]).argmax()
-        return predicted
-    return None
+    predicted = np.full((len(used.truth), len(used.splits)), UNTESTED)  # majority
+    for place, (train, test) in enumerate(used.splits):
+        predicted[test, place] = np.bincount(used.truth[train]).argmax()
+    return predicted
 
 
 def probe(

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from scmodelforge.config_eval import LinearProbeParams
+from scmodelforge.data.obs import no_labels
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation.collapse import collapse
 
@@ -67,12 +68,14 @@ def usable_labels(
     where: str,
     *,
     drop_unlabelled: bool,
+    section: str = "params",
     min_cells: int = 2,
     drop_small: bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the cells whose label can be learned or scored.
 
-    A label is missing where it is NaN, None or an empty string; any other text, "unknown" too, is a class.
+    A label is missing where it is NaN, None or an empty string; any other text is a class, and "unknown" and the like
+    with a warning.
 
     Parameters
     ----------
@@ -84,6 +87,8 @@ def usable_labels(
         What the messages call these data, such as the file's name.
     drop_unlabelled
         Leave out cells without a label instead of refusing.
+    section
+        Where messages say that the options are: "finetune", "eval.benchmarks[linear_probe].params".
     min_cells
         Smallest class that is accepted.
     drop_small
@@ -109,22 +114,42 @@ def usable_labels(
     if unlabelled and not drop_unlabelled:
         raise DataError(
             f"{unlabelled:,} of {len(mask):,} cells of {where} have no label in obs['{key}'].\n"
-            "Every cell needs one: fill them in, or set drop_unlabelled: true to leave these cells out."
+            f"Every cell needs one: fill them in, or set {section}.drop_unlabelled: true to leave these cells out."
         )
     if unlabelled:
         log.info("%s: %s of %s cells without a label in '%s' are left out", where, unlabelled, len(mask), key)
 
     counts = np.bincount(codes[mask], minlength=len(names))
+    if missing := no_labels(names[counts > 0]):
+        log.warning(
+            "obs['%s'] of %s has values that look like no label, and count as classes: %s. To leave these cells out, "
+            "make their labels missing (NaN) in the file and set %s.drop_unlabelled: true.",
+            key,
+            where,
+            ", ".join(f"'{name}' ({counts[names == name].sum():,} cells)" for name in missing),
+            section,
+        )
     small = np.flatnonzero((counts > 0) & (counts < min_cells))
     if len(small):
         listed = ", ".join(f"'{names[code]}' ({counts[code]})" for code in small[:10])
         listed += f" and {len(small) - 10} more" if len(small) > 10 else ""
         if not drop_small:
-            remedy = "" if drop_small is None else "set drop_small_classes: true to leave them out, or "
-            raise DataError(
-                f"obs['{key}'] of {where} has classes with fewer than {min_cells} cells: {listed}.\n"
+            remedy = (
+                "" if drop_small is None else f"set {section}.drop_small_classes: true to leave them out, or "
+            )
+            remedy = (
                 f"To go on, {remedy}merge them into other classes, or empty their labels and set "
-                "drop_unlabelled: true."
+                f"{section}.drop_unlabelled: true."
+            )
+            if pd.api.types.is_numeric_dtype(column.categories):
+                instead = (
+                    "to learn the number, set finetune.head.task: regression"
+                    if section == "finetune"
+                    else "choose a column of labels"
+                )
+                remedy = f"Its values are numbers: {instead}. If they are classes:\n{remedy}"
+            raise DataError(
+                f"obs['{key}'] of {where} has classes with fewer than {min_cells} cells: {listed}.\n{remedy}"
             )
         mask &= ~np.isin(codes, small)
         log.warning(

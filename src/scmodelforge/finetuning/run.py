@@ -231,6 +231,7 @@ def read_targets(store: CellStore, config: Config) -> Targets:
         finetune.label_key,
         where,
         drop_unlabelled=finetune.drop_unlabelled,
+        section="finetune",
     )
     classes, codes = np.unique(names, return_inverse=True)
     values = np.zeros(store.n_cells, dtype=np.int64)

@@ -195,7 +195,7 @@ def _through_orthologs(match: GeneMatch, vocab: GeneVocab, species: str) -> Gene
     return replace(match, gene_index=gene_index, table=table, species=species)
 
 
-def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
+def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame, of_model: bool = False) -> str:
     """Say in a sentence or two why so few genes matched, and which key of the config to change.
 
     Parameters
@@ -204,6 +204,8 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
         What `match_genes(var, vocab)` returned.
     vocab, var
         What it was called with.
+    of_model
+        The vocabulary is that of a trained model, which keeps it.
     """
     var = var[measured_columns(var)]
     if (free := match_genes(var, vocab, species=match.species)).n_genes > max(
@@ -221,7 +223,8 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
         return (
             f"The names in {_place(match.column)} ({shown}, …) are neither Ensembl ids nor symbols of human "
             "or mouse genes. Name the var column that holds them with data.gene_column; if the genes are of "
-            "another species or your own, set data.gene_vocab: from_data."
+            "another species or your own, "
+            + (f"this model does not know them. {TRAINED}" if of_model else "set data.gene_vocab: from_data.")
         )
     kind = "Ensembl ids" if found.kind == "ensembl" else "symbols"
     n_known, by = f"{found.n_matched:,} of {len(var):,}", f"by {kind} in {_place(found.column)}"
@@ -230,16 +233,25 @@ def likely_cause(match: GeneMatch, vocab: GeneVocab, var: pd.DataFrame) -> str:
     if not match.species and vocab.species in SPECIES and vocab.species != species:
         return (
             f"The genes look like {species} ({n_known} are known {species} genes, {by}), but the vocabulary "
-            f"'{vocab.name}' is {vocab.species}: set data.gene_vocab: {species}_protein_coding. Or keep the "
-            f"{vocab.species} genes, as a trained model must, and set data.species: {species}, so that one-to-one "
-            "orthologs stand for them."
+            f"'{vocab.name}' is {vocab.species}: "
+            + (
+                f"keep the {vocab.species} genes of the model"
+                if of_model
+                else f"set data.gene_vocab: {species}_protein_coding. Or keep the {vocab.species} genes, as a trained "
+                "model must,"
+            )
+            + f" and set data.species: {species}, so that one-to-one orthologs stand for them."
         )
     carried = match.species and vocab.species in SPECIES
     return (
         f"{n_known} genes are known {species} genes ({by}), but the vocabulary '{vocab.name}' has only "
         f"{match.n_genes:,} of {'their orthologs' if carried else 'them'}: with {vocab.n_genes:,} genes it is too "
-        f"small, or made for other data. Set data.gene_vocab: {vocab.species if carried else species}_protein_coding "
-        f"or from_data. {TRAINED}"
+        "small, or made for other data. "
+        + (
+            TRAINED
+            if of_model
+            else f"Set data.gene_vocab: {vocab.species if carried else species}_protein_coding or from_data."
+        )
     )
 
 

@@ -30,7 +30,7 @@ from scmodelforge.config_io import differences, load_config, to_yaml
 from scmodelforge.config_plugins import plugin_records, require_plugins
 from scmodelforge.data.training_cells import TrainingCells
 from scmodelforge.errors import ModelError, UserError
-from scmodelforge.files import atomic_path, ensure_writable, write_text
+from scmodelforge.files import atomic_path, ensure_writable, require_model, write_text
 from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.models import hub
 from scmodelforge.models.base import CellTransformer
@@ -149,8 +149,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         raise ModelError(f"'{path}' is a folder, and a checkpoint file (.ckpt) is needed here.")
-    if not path.is_file():
-        raise ModelError(f"The checkpoint '{path}' does not exist.")
+    require_model(path)
     try:
         if path.stat().st_size == 0:
             raise EOFError

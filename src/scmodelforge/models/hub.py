@@ -98,7 +98,7 @@ def push(
         "scmodelforge": scmodelforge.__version__,
         "sha256": {name: file_sha256(path) for name, path in uploads.items()},
     }
-    with _said_by_the_hub(to, revision):
+    with _said_by_the_hub(to, revision, sending=True):
         api = HfApi()
         api.create_repo(to, private=private or None, exist_ok=True)
         if private and not api.model_info(to).private:
@@ -327,7 +327,7 @@ def _check(folder: Path, commit: Commit) -> dict[str, Any]:
 
 
 @contextmanager
-def _said_by_the_hub(repo: str, revision: str | None) -> Iterator[None]:
+def _said_by_the_hub(repo: str, revision: str | None, sending: bool = False) -> Iterator[None]:
     """Turn what the Hub and its client refuse into sentences; no header, and so no token, is in them."""
     from huggingface_hub import errors
 
@@ -350,25 +350,29 @@ def _said_by_the_hub(repo: str, revision: str | None) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:
         if error.__cause__ is None:  # only the cache was asked
             raise
-        raise UserError(_unreachable(error.__cause__, repo)) from error
+        raise UserError(_unreachable(error.__cause__, repo, sending)) from error
     except errors.HfHubHTTPError as error:
         raise UserError(_refusal(error, repo, at, log_in)) from error
     except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
-        raise UserError(_unreachable(error, repo)) from error
+        raise UserError(_unreachable(error, repo, sending)) from error
     except (RuntimeError, ValueError) as error:  # an upload that broke off, an answer that makes no sense
         raise UserError(f"The exchange with the Hub about '{repo}'{at} failed: {error}") from error
 
 
-def _unreachable(error: BaseException, repo: str) -> str:
+def _unreachable(error: BaseException, repo: str, sending: bool) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return (
-            f"HF_HUB_OFFLINE is set, so '{repo}' was not looked up. Unset it, or use a commit fetched before."
-        )
+        instead = "Unset it to send the model." if sending else "Unset it, or use a commit fetched before."
+        return f"HF_HUB_OFFLINE is set, so '{repo}' was not looked up. {instead}"
+    instead = (
+        "Nothing may have arrived: push again when the Hub can be reached."
+        if sending
+        else "A model that was pulled before can be used from its folder."
+    )
     return (
         f"The Hub ({constants.ENDPOINT}) cannot be reached for '{repo}'. Check the network, a proxy and HF_ENDPOINT. "
-        "A model that was pulled before can be used from its folder."
+        f"{instead}"
     )
 
 

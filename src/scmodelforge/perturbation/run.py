@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,12 @@ from scmodelforge.genes.vocab import GeneVocab
 from scmodelforge.inference import as_bundle, embed_store, open_for
 from scmodelforge.inference_batches import default_device, precision_for, token_batches
 from scmodelforge.models.bundle import ModelBundle
+from scmodelforge.perturbation.cells import CELLS_READ, cells_of_state, detected_sets
 from scmodelforge.perturbation.choice import Choice, all_genes, listed, random_sets
 from scmodelforge.perturbation.names import gene_tokens, rows_of_state
 from scmodelforge.perturbation.shifts import PerturbedCells
 from scmodelforge.perturbation.statistics import compare
-from scmodelforge.perturbation.variants import Layout, detected
+from scmodelforge.perturbation.variants import Layout
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.gene_sequence import n_special
 
@@ -37,7 +39,6 @@ HOW = ("delete", "overexpress")
 SIGNIFICANT = 0.05  # false discovery rate below which genes come first in the table
 RANDOM_POOL = 5_000  # random perturbations in all, where genes are given
 MOST_RANDOM = 100  # of one cell
-CELLS_READ = 256  # tokenized at once
 SECONDS = 30.0  # between two messages
 
 
@@ -117,40 +118,51 @@ def perturb(
     UserError
         If a gene, a state or a combination of options cannot be used.
     """
-    bundle = as_bundle(model)
     states = _states(how, state_key, start, goal, alt, null)
+    bundle = as_bundle(model)
     pooling = _pooling(bundle, pooling)
     sets = _sets(genes, together, bundle)
     device = default_device()
     precision = precision_for(precision, device)
     store = open_for(bundle, data, config)
-    rows, counts = _cells(bundle, store, state_key, start, max_cells, seed)
-    if sets is None:
-        log.info("Each gene of %s cells: %s perturbed cells.", f"{len(rows):,}", f"{counts.sum():,}")
-    elif how == "delete":
-        sets = _detected_sets(sets, counts, bundle.vocab)
-    centres = _centres(bundle, store, state_key, states, pooling, precision)
-    cells = PerturbedCells(bundle, how == "overexpress", centres, pooling, device, precision)
+    layout, overexpressed = Layout.of(bundle.config, bundle.vocab), how == "overexpress"
 
     def chosen(batch: TokenBatch) -> Choice:
         if sets is None:
-            return all_genes(batch, cells.layout, cells.overexpressed)
-        return listed(batch, sets, cells.layout, cells.overexpressed)
+            return all_genes(batch, layout, overexpressed)
+        return listed(batch, sets, layout, overexpressed)
 
     def at_random(batch: TokenBatch) -> Choice:
         assert sets is not None
-        n_per_cell = min(-(-RANDOM_POOL // len(rows)), MOST_RANDOM)
-        return random_sets(batch, sets.shape[1], n_per_cell, cells.layout, seed)
+        return random_sets(batch, sets.shape[1], n_per_cell, layout, seed)
 
-    found = _shifts(bundle, store, rows, cells, chosen)
-    if null is not None:
-        null_rows, _ = _cells(bundle, store, state_key, null, max_cells, seed)
-        others = _shifts(bundle, store, null_rows, cells, chosen)
+    of_start = cells_of_state(bundle, store, state_key, start, max_cells, seed, chosen)
+    if sets is not None and not overexpressed:
+        sets = detected_sets(sets, of_start, bundle, store)
+    of_null = (
+        None if null is None else cells_of_state(bundle, store, state_key, null, max_cells, seed, chosen)
+    )
+    n_per_cell, n_compared = min(-(-RANDOM_POOL // len(of_start.rows)), MOST_RANDOM), 0
+    what = "Each gene" if sets is None else f"{len(sets):,} perturbation{'s' * (len(sets) != 1)}"
+    said = f"{what} of {len(of_start.rows):,} cells: {of_start.n_chosen:,} perturbed cells"
+    if of_null is not None:
+        n_compared = of_null.n_chosen
+        said += f", and {n_compared:,} of {len(of_null.rows):,} cells of '{null}' to compare them with"
+    elif sets is not None:
+        n_compared = n_per_cell * int((of_start.n_genes > sets.shape[1]).sum())
+        said += f", and {n_compared:,} with random genes, which show what to expect by chance"
+    log.info("%s.", said)
+    progress = _Progress(of_start.n_chosen + n_compared)
+    centres = _centres(bundle, store, state_key, states, pooling, precision)
+    cells = PerturbedCells(bundle, overexpressed, centres, pooling, device, precision)
+    found = _shifts(bundle, store, of_start.rows, cells, chosen, progress)
+    if of_null is not None:
+        others = _shifts(bundle, store, of_null.rows, cells, chosen, progress)
         found, others = _in_both(found, others)
     elif sets is None:
         others = found
     else:
-        others = _shifts(bundle, store, rows, cells, at_random)
+        others = _shifts(bundle, store, of_start.rows, cells, at_random, progress)
         mean = others.values[:, 0].mean()
         log.info("%s random perturbations of these cells: mean shift %.3g.", f"{len(others.values):,}", mean)
     return _table(found, others, null is not None, sets, states, bundle.vocab)
@@ -204,49 +216,6 @@ def _sets(genes: str | Sequence[str], together: bool, bundle: ModelBundle) -> np
     return tokens[None, :] if together else tokens[:, None]
 
 
-def _cells(
-    bundle: ModelBundle, store: CellStore, state_key: str | None, state: str | None, max_cells: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the cells to perturb, ascending, and in how many of them each token is a gene with a count."""
-    if max_cells < 1:
-        raise UserError(f"max_cells is {max_cells}; it must be 1 or more.")
-    rows = np.arange(store.n_cells)
-    if state_key is not None and state is not None:
-        rows = rows_of_state(store.obs, state_key, state, store.files[0])
-    if len(rows) > max_cells:
-        log.info("%s of %s cells are perturbed (max_cells).", f"{max_cells:,}", f"{len(rows):,}")
-        rows = np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
-    layout = Layout.of(bundle.config, bundle.vocab)
-    counts, usable = np.zeros(bundle.vocab.n_tokens, dtype=np.int64), []
-    for tokens in token_batches(bundle, store, rows, CELLS_READ):
-        present = detected(tokens, layout)
-        counts += np.bincount(tokens.input_ids.numpy()[present], minlength=len(counts))
-        usable.append(present.any(axis=1))
-    kept = rows[np.concatenate(usable)]
-    if not len(kept):
-        raise DataError(f"No cell of '{store.files[0]}' has a gene that the model knows.")
-    if len(kept) < len(rows):
-        log.warning(
-            "%s cells have no gene that the model knows: they are left out.", f"{len(rows) - len(kept):,}"
-        )
-    return kept, counts
-
-
-def _detected_sets(sets: np.ndarray, counts: np.ndarray, vocab: GeneVocab) -> np.ndarray:
-    """The sets whose genes are in the cells: only these can be deleted."""
-    there = (counts[sets] > 0).all(axis=1)
-    if there.all():
-        return sets
-    absent = np.unique(sets[counts[sets] == 0])
-    said = (
-        f"{', '.join(vocab.tokens_to_names(absent))}: in none of these cells, so there is nothing to delete"
-    )
-    if not there.any():
-        raise DataError(f"{said}.\nTake other genes or cells, or how=overexpress, which inserts genes.")
-    log.warning("%s. They are left out.", said)
-    return sets[there]
-
-
 def _centres(
     bundle: ModelBundle,
     store: CellStore,
@@ -274,25 +243,43 @@ def _shifts(
     rows: np.ndarray,
     cells: PerturbedCells,
     choose: Callable[[TokenBatch], Choice],
+    progress: _Progress,
 ) -> Shifts:
     """Shifts under all perturbations that `choose` chooses, of some cells of a store."""
-    perturbations, values, n_done = [], [], 0
-    began = said = time.monotonic()
+    perturbations, values = [], []
     for tokens in token_batches(bundle, store, rows, CELLS_READ):
         choice = choose(tokens)
         perturbations.append(choice.perturbation)
         for part in cells(tokens, choice):
             values.append(part)
-            n_done += len(part)
-            if (now := time.monotonic()) - said > SECONDS:
-                said = now
-                log.info("%s perturbed cells (%s a second)", f"{n_done:,}", f"{n_done / (now - began):,.1f}")
+            progress.add(len(part))
     if not values:
         raise DataError(
             "There is no cell to perturb: none has the genes and others beside them.\n"
             "Take other genes, fewer of them together, or other cells."
         )
     return Shifts(np.concatenate(perturbations), np.concatenate(values))
+
+
+class _Progress:
+    """Says every `SECONDS` how many of all perturbed cells are done, and how long the others will take."""
+
+    def __init__(self, n_all: int) -> None:
+        self.n_all, self.n_done = n_all, 0
+        self.began = self.said = time.monotonic()
+
+    def add(self, n: int) -> None:
+        self.n_done += n
+        now = time.monotonic()
+        if now - self.said > SECONDS:
+            self.said, rate = now, self.n_done / (now - self.began)
+            log.info(
+                "%s of %s perturbed cells (%s a second), about %s left",
+                f"{self.n_done:,}",
+                f"{self.n_all:,}",
+                f"{rate:,.1f}",
+                timedelta(seconds=round((self.n_all - self.n_done) / rate)),
+            )
 
 
 def _in_both(found: Shifts, others: Shifts) -> tuple[Shifts, Shifts]:

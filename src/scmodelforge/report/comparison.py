@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scmodelforge.errors import UserError
-from scmodelforge.files import ensure_target
+from scmodelforge.files import require_target
 from scmodelforge.report.benchmark_view import BenchmarkView, heading, pretty, view_benchmarks
 from scmodelforge.report.charts import Curve, LineChart, Whiskers, line_chart, number, smoothed, whiskers
 from scmodelforge.report.render import write_page
@@ -62,7 +62,7 @@ def compare(runs: Sequence[str | Path], output: str | Path = "comparison.html") 
     differences = config_differences(found)
     return write_page(
         "comparison.html",
-        ensure_target(output),
+        require_target(output),
         title=f"{len(found)} runs side by side",
         kind="Comparison",
         lede=", ".join(names),

@@ -125,7 +125,7 @@ def prepare_data(
     selected = config.data.preprocessing.hvg is not None
     if vocab is not None:
         sources = cached_sources(sources, vocab, config.data, selected_genes=selected)
-        store = open_store(sources, vocab, config.data, selected_genes=selected)
+        store = open_store(sources, vocab, config.data, selected_genes=selected, of_model=True)
         warn_if_slow(store.matrices)
         return _split(config, store, vocab)
 

@@ -43,8 +43,6 @@ def evaluation_callbacks(config: Config, bundle: ModelBundle, prepared: Training
     settings = config.eval
     key = "eval.every_n_epochs" if settings.every_n_steps is None else "eval.every_n_steps"
     if settings.every_n_epochs is None and settings.every_n_steps is None:
-        if "eval" in config.model_fields_set:
-            log.info("eval is for benchmark: eval.every_n_epochs and eval.every_n_steps are null.")
         return ()
     if not len(prepared.val_rows):
         raise ConfigError(
