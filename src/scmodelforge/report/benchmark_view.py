@@ -20,8 +20,9 @@ PROPER = {  # words that are written in a way of their own
     **{"pearson": "Pearson correlation", "spearman": "Spearman correlation"},
     **{
         name: name.upper()
-        for name in "f1 ari nmi asw mse mae auroc auprc auc pcr lisi bras rmse hvg pca".split()
+        for name in ("f1", "ari", "nmi", "asw", "mse", "mae", "auroc", "auprc", "auc", "pcr")
     },
+    **{name: name.upper() for name in ("lisi", "bras", "rmse", "hvg", "pca")},
 }
 
 

@@ -122,7 +122,7 @@ def _shared_classes(obs: pd.DataFrame, label: str | None, prediction: str | None
 
 
 def _names(column: pd.Series) -> list[str]:
-    """Names of the classes, sorted; with the categories of which no cell is shown, so that colours do not depend on it."""
+    """Names of the classes, sorted, with the categories that no cell shown has: colours do not depend on these."""
     names = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.dropna()
     return sorted(set(map(str, names)))
 

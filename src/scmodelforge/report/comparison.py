@@ -112,10 +112,8 @@ def config_differences(runs: Sequence[Run]) -> list[TableRow]:
 def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[LineChart]:
     """One chart for each figure that a run logged, losses first."""
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
-    validation = [
-        name for name in logged if name.startswith("val_") and name not in ("val_loss", *COUNTS)
-    ]
-    asked = [
+    validation = [name for name in logged if name.startswith("val_") and name not in ("val_loss", *COUNTS)]
+    asked: list[tuple[str, str, dict[str, Any]]] = [
         ("val_loss", "Validation loss", {}),
         ("train_loss", "Training loss (running mean)", {}),
         *((name, heading(name.removeprefix("val_")), span_of(name)) for name in validation),

@@ -126,7 +126,7 @@ def learning_charts(run: Run) -> tuple[list[LineChart], list[Headline]]:
             train = Curve("training (running mean)", train.x, mean, "train")
         losses.append(train)
     losses += [validation] if validation is not None else []
-    charts = {"Loss": (losses, {})}
+    charts: dict[str, tuple[list[Curve], dict[str, Any]]] = {"Loss": (losses, {})}
     for name in run.metrics:
         if name.startswith("val_") and name not in NO_CURVES:
             title = heading(name.removeprefix("val_"))
@@ -146,7 +146,7 @@ def learning_charts(run: Run) -> tuple[list[LineChart], list[Headline]]:
     return drawn, single
 
 
-def span_of(name: str) -> dict[str, float]:
+def span_of(name: str) -> dict[str, Any]:
     """How wide the axis of a figure must be for `line_chart`: of shares, so that noise does not look like a trend."""
     return {"least_span": LEAST_SPAN} if name.endswith(SHARES) else {}
 
