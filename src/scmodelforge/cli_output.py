@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from scmodelforge.evaluation.harness import BenchmarkResult, Evaluation
+    from scmodelforge.report.run_folder import Run
     from scmodelforge.training.plan import Plan
     from scmodelforge.training.run import RunResult
 
@@ -37,18 +38,28 @@ def finish_run(result: RunResult, again: str, overrides: list[str] | None) -> No
         raise typer.Exit(130)
     if not is_first_process():
         return
-    figures = "  ".join(
-        f"{name} {value:.4g}"
-        for name, value in result.metrics.items()
-        if name.startswith("val_") and name != "val_n_asked"
-    )
-    print(f"Done. {figures}")
+    from scmodelforge.report.run_folder import read_run
+
+    lines = validation_lines(read_run(result.run_dir))
+    print(" ".join(["Done.", *lines[:1]]), *(f"      {line}" for line in lines[1:]), sep="\n")
     print(f"Best checkpoint: {result.checkpoint_dir / 'best.ckpt'}")
     print(f"Model folder:    {result.run_dir / 'model'}")
     print(f"Run folder:      {result.run_dir}")
     from scmodelforge.report.run_page import write_report
 
     print(f"Report:          {write_report(result.run_dir)}")
+
+
+def validation_lines(run: Run) -> list[str]:
+    """Validation figures of the best and of the last model, each with its epoch; one line if they are the same."""
+    names = {run.best_step: "Best"} if run.best_step is not None else {}
+    if run.last_step is not None:
+        names[run.last_step] = "Best and last" if run.last_step in names else "Last"
+    return [
+        f"{name}, {run.epoch(step)}: "
+        + "  ".join(f"{key} {value:.4g}" for key, value in run.validation(step).items())
+        for step, name in names.items()
+    ]
 
 
 def speed_line(figures: dict[str, Any]) -> str:

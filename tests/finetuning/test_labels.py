@@ -54,6 +54,16 @@ def test_labels_travel_with_the_model(annotator: RunResult) -> None:
     assert tables[0]["scmodelforge_cell_type_probability"].between(1 / 3, 1).all()
 
 
+def test_the_parameters_of_the_head_are_counted(annotator: RunResult, pretrained: RunResult) -> None:
+    assert annotator.model.head is not None
+    head = sum(parameter.numel() for parameter in annotator.model.head.parameters())
+    assert head > 0
+    record = json.loads((annotator.run_dir / "run.json").read_text())
+    assert record["model"]["n_parameters"] == pretrained.model.n_parameters + head
+    assert annotator.model.n_parameters == load_model(annotator.run_dir / "model").n_parameters
+    assert record["model"]["n_parameters"] == annotator.model.n_parameters
+
+
 def test_labels_that_are_numbers_or_booleans_are_classes_too(checkpoint: Path, tmp_path: Path) -> None:
     adata = marker_cells()
     adata.obs["cluster"] = adata.obs["cell_type"].cat.codes.to_numpy().astype(np.int64) + 9

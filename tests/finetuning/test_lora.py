@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -46,6 +47,11 @@ def adapted(pretrained: RunResult, tmp_path_factory: pytest.TempPathFactory) -> 
         tmp_path_factory.mktemp("lora"), {"optimizer": {"lr": 0.03}}, lora=LORA.model_dump()
     )
     return finetune(config, pretrained.checkpoint_dir / "best.ckpt", data=marker_cells())
+
+
+def test_adapters_are_no_parameters_of_the_model(adapted: RunResult, annotator: RunResult) -> None:
+    record = json.loads((adapted.run_dir / "run.json").read_text())
+    assert record["model"]["n_parameters"] == adapted.model.n_parameters == annotator.model.n_parameters
 
 
 def test_adapters_are_on_every_projection_and_all_else_is_frozen(pretrained: RunResult) -> None:

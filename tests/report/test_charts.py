@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scmodelforge.report.charts import MOST_POINTS, Curve, line_chart, number, scatter, whiskers
+from scmodelforge.report.charts import (
+    LEAST_SPAN,
+    MOST_POINTS,
+    Curve,
+    line_chart,
+    number,
+    numbers,
+    scatter,
+    whiskers,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +69,38 @@ def test_values_that_are_not_finite_are_counted_not_drawn() -> None:
 
 
 def test_a_constant_curve_can_be_drawn() -> None:
-    chart = line_chart("Memory", [Curve("memory", np.array([1.0]), np.array([0.0]), "train")], from_zero=True)
+    curve = Curve("memory", np.array([1.0, 2.0]), np.zeros(2), "train")
+    chart = line_chart("Memory", [curve], from_zero=True)
     assert chart is not None
     assert "nan" not in chart.curves[0].path
+    assert [tick.text for tick in chart.x_ticks] == ["1", "2"], (
+        "no step is written twice, and none is a fraction"
+    )
+
+
+def test_dots_alone_are_no_chart() -> None:
+    lone = Curve("validation", np.array([38.0]), np.array([0.3]), "val")
+    assert line_chart("Accuracy", [lone]) is None
+    line = Curve("training", np.array([10.0, 20.0]), np.array([0.4, 0.3]), "train")
+    assert line_chart("Loss", [line, lone]) is not None
+
+
+@pytest.mark.parametrize(
+    ("level", "ends"), [(0.0022, (0.0, 0.05)), (0.5, (0.48, 0.52)), (0.9999, (0.96, 1.0))]
+)
+def test_noise_of_a_share_is_no_trend(level: float, ends: tuple[float, float]) -> None:
+    y = level + np.array([-1e-4, 1e-4, 0.0])
+    chart = line_chart("Accuracy", [Curve("v", np.arange(3.0), y, "val")], least_span=LEAST_SPAN)
+    assert chart is not None
+    at = [float(tick.text) for tick in chart.y_ticks]
+    assert (at[0], at[-1]) == ends
+
+
+def test_figures_side_by_side_have_the_same_digits() -> None:
+    assert numbers([0.0, 2 / 3, -0.00001]) == ["0.000", "0.667", "0.000"]
+    assert numbers([0.0021, 0.0024]) == ["0.0021", "0.0024"]
+    assert numbers([3, 1200]) == ["3", "1,200"]
+    assert numbers([0.5, float("nan")]) == ["0.500", "not a number"]
 
 
 def test_every_cell_is_a_dot_in_the_colour_of_its_class() -> None:

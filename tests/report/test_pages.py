@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from anndata import read_h5ad
 
+from scmodelforge.cli_output import finish_run
 from scmodelforge.data.split import split_cells
 from scmodelforge.errors import DataError, UserError
 from scmodelforge.evaluation.shown_cells import write_cells
@@ -81,14 +83,14 @@ def test_a_report_of_a_run_says_what_it_was(tmp_path: Path) -> None:
     page = Page(write_report(folder))
     for words in (
         "Pretraining",
-        "validation loss 3.027 best model; 3.520 at the end",
+        "validation loss 3.027 best model, step 75; 3.520 at the end",
         "training cells 80 15 validate",
         "parameters 1,234",
         "waiting for data 12.5 % padding 0.0 %",
         "100 cells: 80 train, 15 validate, 5 do neither",
         "5 cells have no count.",
         "2 met the model's vocabulary, 1 did not",
-        "unknown name 1",
+        "left out 1 unknown name",
         "scmodelforge train --config 'my config.yaml'",
         "Typed in /home/me",
         "git commit none: the working folder is no git repository",
@@ -210,6 +212,56 @@ def test_the_paired_test_in_words(test: tuple, words: str) -> None:
     assert words in in_words(found)
 
 
+def test_short_and_frozen_runs_are_explained(tmp_path: Path) -> None:
+    labels = {"model": {"n_parameters": 1, "n_genes": 1, "labels": {"key": "cell_type"}}}
+    folder = run_folder(tmp_path / "short", labels, training={"log_every_n_steps": 10})
+    (folder / "metrics.csv").write_text("step,val_accuracy,val_macro_f1,val_loss,epoch\n6,0.15,0.08,2.3,0\n")
+    page = Page(write_report(folder))
+    assert (
+        "Known at one step only, so these are no curves: Loss 2.300 at step 6 Accuracy 0.150 at step 6"
+        in page.text
+    )
+    assert (
+        "too short for rates over time: they are logged every 10 steps (training.log_every_n_steps)"
+        in page.text
+    )
+    assert "0.080 best model, epoch 1 " in page.text
+    assert page.count("svg") == 0
+    (folder / "metrics.csv").write_text(
+        "step,cells_per_second,tokens_per_second\n10,6000,0\n20,4000,0\n30,300,40000\n"
+    )
+    assert "Up to step 20 the backbone was frozen" in Page(write_report(folder)).text
+
+
+def test_a_resumed_run_shows_every_command(tmp_path: Path) -> None:
+    first = ["/bin/scmodelforge", "train", "--config", "c.yaml"]
+    resumed = [*first, "--resume", "last.ckpt"]
+    folder = run_folder(tmp_path / "a", {"command": resumed, "earlier_commands": [first, resumed]})
+    text = Page(write_report(folder)).text
+    both = "scmodelforge train --config c.yaml scmodelforge train --config c.yaml --resume last.ckpt Copy"
+    assert f"The run was resumed. These commands made it, in this order. {both}" in text
+
+
+def test_the_terminal_names_the_epoch_of_each_figure(
+    annotator: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "run")
+    head = "step,val_accuracy,val_macro_f1,val_loss,epoch\n20,0.51,0.38,1.45,0\n"
+    (folder / "metrics.csv").write_text(f"{head}40,0.7714,0.6863,0.8695,1\n60,0.7286,0.6171,1.018,2\n")
+    finish_run(replace(annotator, run_dir=folder), "scmodelforge finetune", None)
+    assert (
+        "Done. Best, epoch 2: val_accuracy 0.7714  val_macro_f1 0.6863  val_loss 0.8695\n"
+        "      Last, epoch 3: val_accuracy 0.7286  val_macro_f1 0.6171  val_loss 1.018\n"
+        "Best checkpoint:"
+    ) in capsys.readouterr().out
+    (folder / "metrics.csv").write_text(head)
+    finish_run(replace(annotator, run_dir=folder), "scmodelforge finetune", None)
+    assert "Done. Best and last, epoch 1: val_accuracy 0.51" in capsys.readouterr().out
+    (folder / "metrics.csv").unlink()
+    finish_run(replace(annotator, run_dir=folder), "scmodelforge finetune", None)
+    assert "Done.\nBest checkpoint" in capsys.readouterr().out
+
+
 def test_results_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     with pytest.raises(DataError, match=r"'.*metrics.json' does not exist"):
@@ -244,7 +296,9 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         "training.compile false null",
         "7 other keys are the same.",
         "These runs differ in their training cells",
+        "loss, validation, best model 3.027 3.027",
         "loss, validation, at the end 3.520 3.520",
+        "best model step 75 step 75",
         "training cells 80 70",
         "they are no fair comparison: cells.h5ad, 200 cells; other.h5ad, 10 cells",
         "x/run: On the same cells the model's macro F1",
@@ -290,7 +344,7 @@ def test_a_run_of_which_hardly_anything_is_left(tmp_path: Path) -> None:
     (run / "run.json").write_text("{}")
     page = Page(write_report(run))
     for words in (
-        "metrics.csv holds no figures of training.",
+        "The run logged no figures of training: it was stopped early, or its metrics.csv is gone.",
         "The run kept no notes.",
         "left no gene_match.csv",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from scmodelforge.config_io import parse_config
-from scmodelforge.errors import ModelError
+from scmodelforge.errors import ModelError, UserError
 from scmodelforge.genes.vocab import predefined
 from scmodelforge.models.bundle import read_checkpoint
 from scmodelforge.training.callbacks import STOP_SIGNALS, LastCheckpoint
@@ -211,10 +212,49 @@ def test_a_run_cut_by_max_steps_is_validated_and_has_a_best_checkpoint(cells: Pa
     assert run(cells, tmp_path / "short", max_steps=2).metrics["val_loss"] > 0
 
 
-def test_a_finished_run_says_so_and_keeps_its_figures(
+def test_a_finished_run_says_so_and_keeps_its_record(
     cells: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = pd.read_csv(uninterrupted / "metrics.csv")
+    def files() -> dict[str, bytes]:
+        names = ("run.json", "config.yaml", "metrics.csv", "gene_match.csv", "model/model_card.md")
+        return {name: (uninterrupted / name).read_bytes() for name in names}
+
+    before = files()
     result = run(cells, uninterrupted, resume=uninterrupted / "checkpoints/last.ckpt")
     assert "All 3 epochs of this run were done already" in caplog.text
-    assert result.metrics["val_loss"] == before["val_loss"].dropna().iloc[-1]
+    assert files() == before
+    validated = pd.read_csv(uninterrupted / "metrics.csv")["val_loss"].dropna()
+    assert result.metrics["val_loss"] == validated.iloc[-1]
+    assert result.performance == {}
+
+
+def test_a_run_that_was_killed_after_its_last_epoch_is_completed(
+    cells: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "model")
+    had = json.loads((folder / "run.json").read_text())
+    run(cells, folder, resume=folder / "checkpoints/last.ckpt")
+    has = json.loads((folder / "run.json").read_text())
+    assert (folder / "model").is_dir()
+    assert has["performance"] == had["performance"] != {}
+    assert has["metrics"]["val_loss"] == had["metrics"]["val_loss"]
+
+
+def test_the_commands_of_a_run_are_kept_when_it_goes_on(
+    cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = [["scmodelforge", "train", str(n)] for n in range(3)]
+    for epochs, command in enumerate(commands, start=1):
+        monkeypatch.setattr(sys, "argv", command)
+        last = None if epochs == 1 else tmp_path / "checkpoints/last.ckpt"
+        run(cells, tmp_path, resume=last, max_epochs=epochs)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["command"] == commands[2]
+    assert record["earlier_commands"] == commands[:2]
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(
+        UserError, match=r"The record '.*run.json' of the run to go on with is damaged(.|\n)*Delete it"
+    ):
+        run(cells, tmp_path, resume=tmp_path / "checkpoints/last.ckpt", max_epochs=4)

@@ -13,6 +13,7 @@ from scmodelforge.models.bundle import ModelBundle
 log = logging.getLogger(__name__)
 
 BLOCK_CELLS = 4096
+SEEN = "in the training of this model"  # in the note of `seen_cells`, by which a page knows it
 
 
 class SeenCells(NamedTuple):
@@ -49,14 +50,15 @@ def seen_cells(bundle: ModelBundle, cells: EvaluationCells) -> SeenCells | None:
     share = n / cells.store.n_cells
     if n:
         log.warning(
-            "%s of %s cells (%s) of %s were in the training of this model, which flatters it.",
+            "%s of %s cells (%s) of %s were %s, which flatters it.",
             f"{n:,}",
             f"{cells.store.n_cells:,}",
             f"{share:.1%}",
             cells.where,
+            SEEN,
         )
     else:
-        log.info("No cell of %s was in the training of this model.", cells.where)
+        log.info("No cell of %s was %s.", cells.where, SEEN)
     known, trained = (sum(getattr(one, name) for one in bundle.trained_on) for name in ("n_known", "n_cells"))
     if known < trained:
         log.warning(

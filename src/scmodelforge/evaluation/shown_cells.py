@@ -47,7 +47,8 @@ def shown_cells(
     Returns
     -------
     AnnData with the embedding in `obsm["X_scmodelforge"]`, the columns in `obs`, and in `uns["scmodelforge"]`:
-    `kind`, `n_all`, and the names of the columns that there are (`label`, `batch`, `prediction`).
+    `kind`, `n_all`, and the names of the columns that there are (`label`, `batch`, `prediction`). Label and batch have
+    the categories of all cells of the store, by which a page chooses colours, shown or not.
     """
     n_all, in_runs = len(rows), any(matrix.shuffle_buffer for matrix in store.matrices)
     rows = rows[evenly(n_all, MOST_CELLS, in_runs)]
@@ -65,7 +66,10 @@ def shown_cells(
             columns[str(facts[role])] = (
                 values.to_numpy(np.float64)
                 if numeric
-                else pd.Categorical(values.astype(str).where(values.notna().to_numpy()))
+                else pd.Categorical(
+                    values.astype(str).where(values.notna().to_numpy()),
+                    sorted(store.obs[name].dropna().astype(str).unique()),
+                )
             )
     if bundle.labels is not None and bundle.head is not None:
         with torch.inference_mode():

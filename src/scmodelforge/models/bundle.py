@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_KEY = "scmodelforge"
 FORMAT_VERSION = 1
 TRAINING_CELLS = "training_cells"
+LORA = ".lora_"  # in the names of an adapter's weights
 ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -105,8 +106,10 @@ class ModelBundle:
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the model, without a fine-tuning head."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Parameters of the model and its head, without adapters: these end up in the weights they adapt."""
+        parts = (self.model,) if self.head is None else (self.model, self.head)
+        named = (pair for part in parts for pair in part.named_parameters())
+        return sum(parameter.numel() for name, parameter in named if LORA not in name)
 
     def sha256(self) -> str:
         """Of all that decides over its results: weights, vocabulary, labels, and how cells become tokens."""
@@ -205,7 +208,7 @@ def _merge_lora(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch
     """Fold adapters into the weights they adapt: W + scale · B A (Hu et al. 2021)."""
     merged = {}
     for name, tensor in state.items():
-        if ".lora_" in name:
+        if LORA in name:
             continue
         plain = name.replace(".base_layer.", ".")
         if plain != name and plain.endswith(".weight"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from scmodelforge.config import Config
+from scmodelforge.evaluation.seen import SEEN
 from scmodelforge.report.benchmark_view import headlines, view_benchmarks
 from scmodelforge.report.cells_view import CellsView, view_cells, with_layout
 from scmodelforge.report.render import write_page
@@ -48,18 +49,34 @@ def write_benchmark_report(
     return write_page(
         "benchmark.html",
         path.with_suffix(".html"),
-        title=", ".join(dict.fromkeys(row.dataset for row in found.results if row.dataset)) or path.stem,
+        title=f"{short_name(found.model)} on {PurePath(found.data).name or 'data that are not named'}",
         kind="Benchmark",
         lede=f"{found.model} on {found.data or 'data that are not named'}.",
         written=None,
         headlines=headlines(found),
         views=view_benchmarks(found),
         results=found,
+        notes=_notes(found),
         cells=cells,
         provenance=_provenance(found),
         command=command,
         command_words="" if command else made,
     )
+
+
+def short_name(model: str) -> str:
+    """What a model is called: of one in a run folder the name of the run, else the end of its path."""
+    parts = PurePath(model).parts
+    while len(parts) > 1 and parts[-1].endswith((".ckpt", "checkpoints", "model")):
+        parts = parts[:-1]
+    return parts[-1] if parts else model
+
+
+def _notes(results: Results) -> list[str] | None:
+    """The notes without the one that the page makes itself of the cells that the model has seen."""
+    if results.notes is None or results.seen_cells is None:
+        return results.notes
+    return [note for note in results.notes if SEEN not in note]
 
 
 def _cells(model: Any, data: Any, config: Config | None) -> CellsView:

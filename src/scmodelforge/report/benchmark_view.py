@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 
 from scmodelforge.report.cells_view import Confusion, confusion_of
-from scmodelforge.report.charts import Whiskers, number, whiskers
+from scmodelforge.report.charts import Whiskers, number, numbers, whiskers
 from scmodelforge.report.results import Comparison, MethodResult, Results
 
 MOST_PANELS = 6
-ACRONYMS = {
-    "f1": "F1",
-    "ari": "ARI",
-    "nmi": "NMI",
-    "asw": "ASW",
-    "mse": "MSE",
-    "mae": "MAE",
-    "auroc": "AUROC",
-} | {
-    name: name.upper() for name in ("auc", "pcr", "knn", "lisi", "ilisi", "clisi", "rmse", "hvg", "pca", "r2")
+AGGREGATES = ("total", "bio_conservation", "batch_correction")  # of scIB: what its other figures come to
+PROPER = {  # words that are written in a way of their own
+    **{"top1": "top-1", "top5": "top-5", "knn": "k-NN", "kmeans": "k-means", "leiden": "Leiden"},
+    **{"ilisi": "iLISI", "clisi": "cLISI", "kbet": "kBET", "r2": "R²"},
+    **{"pearson": "Pearson correlation", "spearman": "Spearman correlation"},
+    **{
+        name: name.upper()
+        for name in ("f1", "ari", "nmi", "asw", "mse", "mae", "auroc", "auprc", "auc", "pcr")
+    },
+    **{name: name.upper() for name in ("lisi", "bras", "rmse", "hvg", "pca")},
 }
 
 
@@ -66,13 +66,13 @@ class Headline:
 
 def pretty(name: str) -> str:
     """A name from a file as people write it: macro_f1 is macro F1."""
-    return " ".join(ACRONYMS.get(word, word) for word in name.split("_"))
+    return " ".join(PROPER.get(word, word) for word in name.split("_"))
 
 
 def heading(name: str) -> str:
     """As `pretty`, for the start of a line."""
     text = pretty(name)
-    return text[:1].upper() + text[1:]
+    return text if text[1:2].isupper() or text.startswith("k-") else text[:1].upper() + text[1:]
 
 
 def view_benchmarks(results: Results) -> list[BenchmarkView]:
@@ -129,10 +129,13 @@ def _view(group: list[MethodResult]) -> BenchmarkView:
     group = sorted(group, key=lambda row: row.is_rival)
     first = group[0]
     figures = _figures(group)
+    aggregates = [name for name in AGGREGATES if name in figures]
+    if "batch_correction" not in figures:
+        aggregates = aggregates[:1]  # without batches the total is bio_conservation
     with_interval = [name for name in figures if any(name in row.intervals for row in group)]
     tested = [row.comparison for row in group if row.comparison is not None]
     leading = [test.metric for test in tested if test.metric in figures]
-    panels = list(dict.fromkeys(leading + (with_interval or figures)))[:MOST_PANELS]
+    panels = list(dict.fromkeys(leading + aggregates + (with_interval or figures)))[:MOST_PANELS]
     facts = {
         key: value
         for key, value in first.metrics.items()
@@ -146,6 +149,7 @@ def _view(group: list[MethodResult]) -> BenchmarkView:
         ]
         for name in panels
     }
+    columns = [_column(group, name) for name in figures]
     per_class, confusion = _details(first)
     return BenchmarkView(
         heading(first.benchmark),
@@ -153,7 +157,10 @@ def _view(group: list[MethodResult]) -> BenchmarkView:
         [whiskers(name, rows) for name, rows in shown.items()],
         shown,
         [pretty(name) for name in figures],
-        [Row(row.method, row.is_rival, [_cell(row, name) for name in figures]) for row in group],
+        [
+            Row(row.method, row.is_rival, [column[place] for column in columns])
+            for place, row in enumerate(group)
+        ],
         [
             (pretty(key.removeprefix("n_")), number(value) if isinstance(value, int | float) else str(value))
             for key, value in facts.items()
@@ -179,15 +186,22 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, float)
 
 
-def _cell(row: MethodResult, name: str) -> tuple[str, str]:
-    value = row.metrics.get(name)
-    if not isinstance(value, int | float):
-        return "—", ""
+def _column(group: list[MethodResult], name: str) -> list[tuple[str, str]]:
+    """A metric of each method, as it is written, and what stands below it."""
+    values = [row.metrics.get(name) for row in group]
+    written = iter(numbers([value for value in values if isinstance(value, int | float)]))
+    return [
+        (next(written), _below(row, name)) if isinstance(value, int | float) else ("—", "")
+        for row, value in zip(group, values, strict=True)
+    ]
+
+
+def _below(row: MethodResult, name: str) -> str:
+    """The interval of a figure, or its spread."""
     if name in row.intervals:
-        low, high = row.intervals[name]
-        return number(value), f"{number(low)} to {number(high)}"
+        return " to ".join(numbers(row.intervals[name]))
     spread = row.metrics.get(f"{name}_std")
-    return number(value), f"± {number(spread)}" if isinstance(spread, int | float) else ""
+    return f"± {numbers([spread])[0]}" if isinstance(spread, int | float) else ""
 
 
 def _details(result: MethodResult) -> tuple[list[dict[str, Any]], Confusion | None]:

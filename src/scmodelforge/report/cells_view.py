@@ -117,8 +117,14 @@ def _shared_classes(obs: pd.DataFrame, label: str | None, prediction: str | None
     names: set[str] = set()
     for column in (label, prediction):
         if column is not None and not pd.api.types.is_numeric_dtype(obs[column]):
-            names |= set(obs[column].dropna().astype(str))
+            names |= set(_names(obs[column]))
     return sorted(names)
+
+
+def _names(column: pd.Series) -> list[str]:
+    """Names of the classes, sorted, with the categories that no cell shown has: colours do not depend on these."""
+    names = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.dropna()
+    return sorted(set(map(str, names)))
 
 
 def _coloured(title: str, points: np.ndarray, column: pd.Series, names: list[str] | None) -> Scatter:
@@ -131,7 +137,7 @@ def _coloured(title: str, points: np.ndarray, column: pd.Series, names: list[str
             for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
         ]
         return scatter(title, points, bins.fillna(-1).to_numpy(int), ranges, colours_of_values(BINS))
-    names = names or sorted(set(column.dropna().astype(str)))
+    names = names or _names(column)
     codes = pd.Index(names).get_indexer(pd.Index(column.astype(object).where(column.notna()).map(str)))
     return scatter(title, points, np.where(column.notna(), codes, -1), names, colours_for(len(names)))
 
@@ -165,11 +171,13 @@ def _predictions(truth: pd.Series, predicted: pd.Series) -> Predictions | None:
         }
         for k, name in enumerate(labels)
     ]
-    present = n > 0
     figures = [
         ("cells", f"{len(truth):,}"),
         ("accuracy", number(float(metrics.accuracy_score(truth, predicted)))),
-        ("macro F1", number(float(f1[present].mean()))),
+        (
+            "macro F1",  # over classes that a cell has or is predicted to, as torchmetrics has it in training
+            number(float(metrics.f1_score(truth, predicted, average="macro", zero_division=0))),
+        ),
     ]
     return Predictions(
         figures, per_class, confusion_of(labels, metrics.confusion_matrix(truth, predicted, labels=labels))

@@ -15,6 +15,7 @@ import pandas as pd
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
+LEAST_SPAN = 0.05  # of the axis of a share
 MOST_POINTS = 240  # of a drawn curve
 FEW_POINTS = 40  # up to which each is a dot
 UMAP_SIZE = 340
@@ -133,17 +134,34 @@ def number(value: float) -> str:
     return sign + (f"{mantissa}e{int(power)}" if power else mantissa)
 
 
+def numbers(values: Sequence[float]) -> list[str]:
+    """Figures that stand side by side: three decimals for all where the largest has them, else each as `number`."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    if not 0.01 <= largest < 10 or all(isinstance(value, int) for value in values):
+        return [number(value) for value in values]
+    return [
+        _minus(f"{round(value, 3) + 0.0:.3f}") if math.isfinite(value) else number(value) for value in values
+    ]
+
+
 def line_chart(
-    title: str, curves: Sequence[Curve], *, from_zero: bool = False, percent: bool = False
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    from_zero: bool = False,
+    percent: bool = False,
+    least_span: float = 0.0,
 ) -> LineChart | None:
-    """Lay out curves; None if there is no finite point.
+    """Lay out curves; None if none has two finite points: dots alone tell nothing.
 
     Parameters
     ----------
     from_zero
         Start the vertical axis at 0, as rates and shares need.
     percent
-        The values are shares.
+        The values are shares, written as such.
+    least_span
+        What the vertical axis spans at least, within 0 and 1.
     """
     finite = [np.isfinite(curve.y) for curve in curves]
     n_lost = int(sum((~keep).sum() for keep in finite))
@@ -152,7 +170,7 @@ def line_chart(
         for curve, keep in zip(curves, finite, strict=True)
         if keep.any()
     ]
-    if not shown:
+    if all(len(curve.x) < 2 for curve in shown):
         return None
     x_low, x_high = _range([curve.x for curve in shown])
     y_low, y_high = _range([curve.y for curve in shown])
@@ -161,6 +179,9 @@ def line_chart(
     else:
         pad = 0.06 * (y_high - y_low)
         y_low, y_high = y_low - pad, y_high + pad
+    if y_high - y_low < least_span:
+        y_low = min(max((y_low + y_high - least_span) / 2, 0.0), 1.0 - least_span)
+        y_high = y_low + least_span
     y_ticks = _ticks(y_low, y_high, percent)
     if from_zero and y_ticks:
         y_high = max(y_high, y_ticks[-1][0])
@@ -187,7 +208,7 @@ def line_chart(
     return LineChart(
         title,
         drawn,
-        [Tick(round(float(x_at(np.array(at))), 1), text) for at, text in _ticks(x_low, x_high)],
+        [Tick(round(float(x_at(np.array(at))), 1), text) for at, text in _ticks(x_low, x_high, whole=True)],
         [Tick(round(float(y_at(np.array(at))), 1), text) for at, text in y_ticks],
         "optimizer step",
         f"{n_lost:,} values that are not finite are not drawn." if n_lost else "",
@@ -235,7 +256,7 @@ def scatter(
         name, colour = ("unlabelled", "var(--faint)") if code < 0 else (names[code], colours[code])
         classes.append(Class(name, colour, len(own), centre))
     return Scatter(
-        title, classes, paths, round(float(np.clip(150 / math.sqrt(len(points)), 3.0, 8.0)), 1), numbered
+        title, classes, paths, round(float(np.clip(150 / math.sqrt(len(points)), 3.0, 12.0)), 1), numbered
     )
 
 
@@ -268,14 +289,15 @@ def whiskers(metric: str, rows: Sequence[tuple[str, bool, float, tuple[float, fl
         return round(100 * (value - low) / (high - low), 2)
 
     laid = []
-    for name, is_baseline, value, interval in rows:
+    texts = numbers([value for _, _, value, _ in rows])
+    for (name, is_baseline, value, interval), text in zip(rows, texts, strict=True):
         known = interval is not None and all(map(math.isfinite, interval))
         laid.append(
             Whisker(
                 name,
                 is_baseline,
-                number(value),
-                f"{number(interval[0])} to {number(interval[1])}" if known and interval else "",
+                text,
+                " to ".join(numbers(interval)) if known and interval else "",
                 at(value) if math.isfinite(value) else -1.0,
                 at(interval[0]) if known and interval else None,
                 at(interval[1]) if known and interval else None,
@@ -294,12 +316,13 @@ def _range(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(low: float, high: float, percent: bool = False) -> list[tuple[float, str]]:
-    """Round numbers between two ends, all with the same decimals."""
+def _ticks(low: float, high: float, percent: bool = False, whole: bool = False) -> list[tuple[float, str]]:
+    """Round numbers between two ends, all with the same decimals; `whole`: whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     factor = 100 if percent else 1
-    values = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low * factor, high * factor)
+    locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
+    values = locator.tick_values(low * factor, high * factor)
     step = float(values[1] - values[0])
     inside = [float(v) for v in values if low * factor - step * 1e-6 <= v <= high * factor + step * 1e-6]
     most = max(abs(v) for v in inside) if inside else 1.0

@@ -12,8 +12,8 @@ from scmodelforge.files import require_target
 from scmodelforge.report.benchmark_view import BenchmarkView, heading, pretty, view_benchmarks
 from scmodelforge.report.charts import Curve, LineChart, Whiskers, line_chart, number, smoothed, whiskers
 from scmodelforge.report.render import write_page
-from scmodelforge.report.run_folder import Run, read_run
-from scmodelforge.report.run_page import command_of, kind_of
+from scmodelforge.report.run_folder import COUNTS, Run, read_run
+from scmodelforge.report.run_page import command_of, kind_of, span_of
 
 LOOKS = 8  # colours of curves in the style sheet
 NOT_SET = "(not set)"
@@ -112,13 +112,11 @@ def config_differences(runs: Sequence[Run]) -> list[TableRow]:
 def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[LineChart]:
     """One chart for each figure that a run logged, losses first."""
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
-    validation = [
-        name for name in logged if name.startswith("val_") and name not in ("val_loss", "val_n_asked")
-    ]
-    asked = [
+    validation = [name for name in logged if name.startswith("val_") and name not in ("val_loss", *COUNTS)]
+    asked: list[tuple[str, str, dict[str, Any]]] = [
         ("val_loss", "Validation loss", {}),
         ("train_loss", "Training loss (running mean)", {}),
-        *((name, heading(name.removeprefix("val_")), {}) for name in validation),
+        *((name, heading(name.removeprefix("val_")), span_of(name)) for name in validation),
         ("learning_rate", "Learning rate", {"from_zero": True}),
         ("cells_per_second", "Cells per second", {"from_zero": True}),
         ("tokens_per_second", "Tokens per second", {"from_zero": True}),
@@ -140,7 +138,7 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[LineChart]:
 
 
 def figures_of(runs: Sequence[Run]) -> list[TableRow]:
-    """Last validation figures, sizes, rates and memory of each run."""
+    """Validation figures of the best and the last model, sizes, rates and memory of each run."""
     rows: dict[str, list[str]] = {"kind": [kind_of(run) for run in runs]}
 
     def add(name: str, value: Any, place: int, text: str | None = None) -> None:
@@ -148,13 +146,14 @@ def figures_of(runs: Sequence[Run]) -> list[TableRow]:
             rows.setdefault(name, ["—"] * len(runs))[place] = text or number(value)
 
     for place, run in enumerate(runs):
-        for name, values in run.metrics.items():
-            if name.startswith("val_") and name != "val_n_asked":
-                add(
-                    f"{pretty(name.removeprefix('val_'))}, validation, at the end",
-                    float(values[-1, 1]),
-                    place,
-                )
+        best, last = run.validation(run.best_step), run.validation(run.last_step)
+        for name in best | last:
+            label = f"{pretty(name.removeprefix('val_'))}, validation"
+            add(f"{label}, best model", best.get(name), place)
+            add(f"{label}, at the end", last.get(name), place)
+    for place, run in enumerate(runs):
+        if run.best_step is not None:
+            add("best model", run.best_step, place, run.epoch(run.best_step))
     for place, run in enumerate(runs):
         data, model, performance = (run.record.get(key) or {} for key in ("data", "model", "performance"))
         add("training cells", data.get("n_train"), place)

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from scmodelforge.files import write_text
-from scmodelforge.report.charts import number
+from scmodelforge.report.charts import number, numbers
 
 
 @cache
@@ -28,7 +28,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "numbers": numbers}
     return environment
 
 

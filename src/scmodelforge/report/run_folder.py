@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MATCHES = ("Ensembl id", "symbol", "previous symbol", "repaired name", "other case", "own name")
 NOT_RESULTS = ("run.json",)
+COUNTS = ("val_n_asked", "val_n_values")  # what a validation figure rests on, no figures themselves
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,35 @@ class Run:
         if name not in self.metrics:
             return None
         return Curve(label, self.metrics[name][:, 0], self.metrics[name][:, 1], look)
+
+    @property
+    def best_step(self) -> float | None:
+        """Step of the best model by what training watches: macro F1 of classes, else the loss."""
+        watched = "val_macro_f1" if "val_macro_f1" in self.metrics else "val_loss"
+        values = self.metrics.get(watched)
+        if values is None or not np.isfinite(values[:, 1]).any():
+            return None
+        place = np.nanargmax(values[:, 1]) if watched == "val_macro_f1" else np.nanargmin(values[:, 1])
+        return float(values[place, 0])
+
+    @property
+    def last_step(self) -> float | None:
+        """Step of the last validation; None if there was none."""
+        values = self.metrics.get("val_loss")
+        return None if values is None else float(values[-1, 0])
+
+    def epoch(self, step: float) -> str:
+        """The epoch of a step, counted from 1, in words; where it is not known, the step."""
+        epochs = dict(self.metrics["epoch"].tolist()) if "epoch" in self.metrics else {}
+        return f"epoch {int(epochs[step]) + 1}" if step in epochs else f"step {int(step):,}"
+
+    def validation(self, step: float | None) -> dict[str, float]:
+        """The validation figures of a step, without what only counts."""
+        return {
+            name: float(values[values[:, 0] == step, 1][0])
+            for name, values in self.metrics.items()
+            if name.startswith("val_") and name not in COUNTS and (values[:, 0] == step).any()
+        }
 
     @cached_property
     def genes(self) -> GeneMatches | None:

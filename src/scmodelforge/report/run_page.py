@@ -6,16 +6,15 @@ import shlex
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from scmodelforge.evaluation.shown_cells import write_cells
 from scmodelforge.report.benchmark_view import Headline, heading, headlines, pretty, view_benchmarks
 from scmodelforge.report.cells_view import CellsView, view_cells, with_layout
-from scmodelforge.report.charts import Curve, LineChart, line_chart, number, smoothed
+from scmodelforge.report.charts import LEAST_SPAN, Curve, LineChart, line_chart, number, smoothed
 from scmodelforge.report.render import write_page
-from scmodelforge.report.run_folder import Run, read_run
+from scmodelforge.report.run_folder import COUNTS, Run, read_run
 
-NO_CURVES = ("val_loss", "val_n_asked")
+SHARES = ("accuracy", "f1", "auroc")  # ends of the names of figures between 0 and 1
+NO_CURVES = ("val_loss", *COUNTS)
 OWN_COMMANDS = ("scmodelforge", "cli.py", "__main__.py")
 
 
@@ -38,6 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     results = [(path.name, found) for path, found in run.benchmarks]
+    learning, single = learning_charts(run)
     return write_page(
         "run.html",
         run.folder / "report.html",
@@ -47,8 +47,11 @@ def write_report(run_dir: str | Path) -> Path:
         interrupted=bool(run.record.get("interrupted")),
         written=run.record.get("written"),
         headlines=headline_figures(run),
-        learning=learning_charts(run),
+        learning=learning,
+        single=single,
         speed=speed_charts(run),
+        frozen=frozen_until(run),
+        log_every=(run.config.get("training") or {}).get("log_every_n_steps"),
         performance=run.record.get("performance") or {},
         cells=_cells(run),
         label_key=(run.labels or {}).get("key"),
@@ -72,18 +75,18 @@ def kind_of(run: Run) -> str:
 def headline_figures(run: Run) -> list[Headline]:
     """The figures that a reader asks for first."""
     figures = []
-    step = best_step(run)
+    best, last = run.validation(run.best_step), run.validation(run.last_step)
     for name, label in (
         ("val_macro_f1", "validation macro F1"),
         ("val_accuracy", "validation accuracy"),
         ("val_loss", "validation loss"),
         ("val_perplexity", "validation perplexity"),
     ):
-        if step is not None and name in run.metrics:
-            values = dict(run.metrics[name].tolist())
-            last = number(run.metrics[name][-1, 1])
-            if step in values:
-                figures.append(Headline(label, number(values[step]), f"best model; {last} at the end"))
+        if run.best_step is not None and name in best:
+            when = f"best model, {run.epoch(run.best_step)}"
+            same = run.best_step == run.last_step or name not in last
+            at_end = "" if same else f"; {number(last[name])} at the end"
+            figures.append(Headline(label, number(best[name]), when + at_end))
     performance, data, model = (run.record.get(key) or {} for key in ("performance", "data", "model"))
     if "n_train" in data:
         figures.append(
@@ -109,18 +112,8 @@ def headline_figures(run: Run) -> list[Headline]:
     return figures
 
 
-def best_step(run: Run) -> float | None:
-    """Step of the best model by what training watches: macro F1 of classes, else the loss."""
-    watched = "val_macro_f1" if "val_macro_f1" in run.metrics else "val_loss"
-    values = run.metrics.get(watched)
-    if values is None or not np.isfinite(values[:, 1]).any():
-        return None
-    place = np.nanargmax(values[:, 1]) if watched == "val_macro_f1" else np.nanargmin(values[:, 1])
-    return float(values[place, 0])
-
-
-def learning_charts(run: Run) -> list[LineChart]:
-    """Losses, every validation figure, learning rate and gradient norm."""
+def learning_charts(run: Run) -> tuple[list[LineChart], list[Headline]]:
+    """Losses, every validation figure, learning rate and gradient norm; figures of one step only are no charts."""
     train, validation = (
         run.curve("train_loss", "training", "train"),
         run.curve("val_loss", "validation", "val"),
@@ -133,15 +126,37 @@ def learning_charts(run: Run) -> list[LineChart]:
             train = Curve("training (running mean)", train.x, mean, "train")
         losses.append(train)
     losses += [validation] if validation is not None else []
-    charts = [line_chart("Loss", losses)]
+    charts: dict[str, tuple[list[Curve], dict[str, Any]]] = {"Loss": (losses, {})}
     for name in run.metrics:
         if name.startswith("val_") and name not in NO_CURVES:
-            curve = run.curve(name, "validation", "val")
-            charts.append(line_chart(heading(name.removeprefix("val_")), [curve]))
+            title = heading(name.removeprefix("val_"))
+            charts[title] = [run.curve(name, "validation", "val")], span_of(name)
     for name, title in (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm")):
         if name in run.metrics:
-            charts.append(line_chart(title, [run.curve(name, title.lower(), "train")], from_zero=True))
-    return [chart for chart in charts if chart is not None]
+            charts[title] = [run.curve(name, title.lower(), "train")], {"from_zero": True}
+    drawn, single = [], []
+    for title, (curves, how) in charts.items():
+        chart = line_chart(title, curves, **how)
+        if chart is not None:
+            drawn.append(chart)
+            continue
+        for curve in curves:
+            name = f"{title}, {curve.name}" if len(curves) > 1 else title
+            single.append(Headline(name, number(float(curve.y[-1])), f"at step {int(curve.x[-1]):,}"))
+    return drawn, single
+
+
+def span_of(name: str) -> dict[str, Any]:
+    """How wide the axis of a figure must be for `line_chart`: of shares, so that noise does not look like a trend."""
+    return {"least_span": LEAST_SPAN} if name.endswith(SHARES) else {}
+
+
+def frozen_until(run: Run) -> int | None:
+    """The last logged step at which the backbone was frozen and read no tokens; None if it never was."""
+    cells, tokens = run.metrics.get("cells_per_second"), run.metrics.get("tokens_per_second")
+    if cells is None or tokens is None or not run.labels or not (tokens[:, 1] == 0).any():
+        return None
+    return int(tokens[tokens[:, 1] == 0, 0].max())
 
 
 def speed_charts(run: Run) -> list[LineChart]:
@@ -193,10 +208,18 @@ def shell_line(command: list[str] | None) -> str | None:
 
 
 def command_of(run: Run) -> dict[str, Any]:
-    """The command to repeat the run, or why there is none."""
-    line = shell_line(run.record.get("command"))
-    if line is not None:
-        return {"command": line, "command_folder": run.record.get("folder"), "command_words": ""}
+    """The commands to repeat the run, in their order, or why there is none."""
+    typed = [*run.record.get("earlier_commands", []), run.record.get("command")]
+    lines = list(dict.fromkeys(line for line in map(shell_line, typed) if line is not None))
+    if lines:
+        words = "The run was resumed. These commands made it, in this order." if len(lines) > 1 else ""
+        if None in map(shell_line, typed):
+            words += " Other parts of it were started from Python."
+        return {
+            "command": "\n".join(lines),
+            "command_folder": run.record.get("folder"),
+            "command_words": words,
+        }
     files = (run.record.get("data") or {}).get("files") or []
     words = "The run was started from Python, not by a command."
     if "AnnData" in files:

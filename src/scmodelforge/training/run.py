@@ -11,7 +11,7 @@ import torch
 from anndata import AnnData
 from lightning import Callback, Trainer
 
-from scmodelforge.config import Config
+from scmodelforge.config import Config, TrainingConfig
 from scmodelforge.config_idle import say_idle_keys
 from scmodelforge.config_reading import plain_value
 from scmodelforge.data.module import CellDataModule
@@ -45,6 +45,7 @@ from scmodelforge.training.setup import (
     collected_notes,
     create_folders,
     n_processes,
+    read_record,
     write_provenance,
 )
 from scmodelforge.training.throughput import throughput_of
@@ -85,7 +86,7 @@ class RunResult:
     interrupted
         Whether it was stopped by a signal before its end.
     performance
-        Rates, shares, memory and time to the first step, as in run.json; empty if nothing was trained.
+        Rates, shares, memory and time to the first step, as in run.json; empty if the run had been finished before.
     """
 
     run_dir: Path
@@ -171,6 +172,13 @@ def fit(
 ) -> RunResult:
     """Run Lightning's trainer and write what a run leaves behind; shared with fine-tuning."""
     training = bundle.config.training
+    record = read_record(folders.run) if checkpoint else {}
+    if checkpoint and _is_done(checkpoint, training):
+        log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
+        if "epochs" in record and not record["interrupted"] and (folders.run / "model").is_dir():
+            metrics = _last_figures(MetricsFile(folders.run / "metrics.csv", checkpoint["global_step"]))
+            best = load_model(folders.best if folders.best.exists() else folders.last)
+            return RunResult(folders.run, folders.checkpoints, best, metrics)
     earlier = checkpoint[CHECKPOINT_KEY].get(TRAINING_CELLS) if checkpoint else None
     if earlier:
         module.description[TRAINING_CELLS] = earlier[:-1]  # the last are those of this run
@@ -207,6 +215,12 @@ def fit(
         callbacks=callbacks,
     )
     about = {"data": prepared.facts, "model": _model_facts(bundle), "notes": notes}
+    if checkpoint:
+        record = record or read_record(Path(checkpoint[CHECKPOINT_KEY]["run_dir"]))
+        about["earlier_commands"] = [
+            *record.get("earlier_commands", []),
+            *([record["command"]] if "command" in record else []),
+        ]
     if trainer.is_global_zero:
         create_folders(folders, resumed=checkpoint is not None)
         with atomic_path(folders.run / "gene_match.csv") as temporary:
@@ -224,9 +238,9 @@ def fit(
         interrupted = True
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not metrics and not interrupted:
-        log.warning("All %d epochs of this run were done already: nothing was trained.", training.max_epochs)
-        metrics = _last_figures(trainer)
-    performance = throughput_of(trainer).performance(trainer)
+        (file,) = (logger for logger in trainer.loggers if isinstance(logger, MetricsFile))
+        metrics = _last_figures(file)
+    performance = throughput_of(trainer).performance(trainer) or record.get("performance", {})
     if trainer.is_global_zero:
         facts = about | {"metrics": metrics, "interrupted": interrupted}
         facts |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "best": _best(trainer)}
@@ -261,13 +275,17 @@ def _best(trainer: Trainer) -> dict[str, Any] | None:
     return {"monitor": callback.monitor, "value": float(score)} if score is not None else None  # type: ignore[union-attr]
 
 
-def _last_figures(trainer: Trainer) -> dict[str, float]:
+def _is_done(checkpoint: dict[str, Any], training: TrainingConfig) -> bool:
+    """Whether a checkpoint is of the end of the run, as Lightning's fit loop decides it."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= training.max_epochs or 0 < (training.max_steps or 0) <= checkpoint["global_step"]
+
+
+def _last_figures(file: MetricsFile) -> dict[str, float]:
     """The newest value of each column of metrics.csv."""
     figures: dict[str, float] = {}
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsFile):
-            for _, row in sorted(logger.rows.items()):
-                figures |= {name: float(value) for name, value in row.items()}
+    for _, row in sorted(file.rows.items()):
+        figures |= {name: float(value) for name, value in row.items()}
     return figures
 
 

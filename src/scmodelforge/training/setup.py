@@ -25,7 +25,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from scmodelforge.config import Config, TrainingConfig
 from scmodelforge.config_io import to_yaml
-from scmodelforge.errors import ConfigError, require_extra
+from scmodelforge.errors import ConfigError, UserError, require_extra
 from scmodelforge.files import ensure_writable, require_writable, write_text
 from scmodelforge.inference_batches import bf16_on_cpu
 from scmodelforge.training.callbacks import (
@@ -330,6 +330,26 @@ def write_provenance(folders: RunFolders, config: Config, facts: dict[str, Any])
     }
     write_text(folders.run / "run.json", json.dumps(record, indent=2) + "\n")
     return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder; empty if there is none.
+
+    Raises
+    ------
+    UserError
+        If it is damaged.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"The record '{path}' of the run to go on with is damaged: {error}\n"
+            "Delete it to go on without the command and the figures that it held."
+        ) from error
 
 
 def _git_commit() -> str | None:
