@@ -91,7 +91,7 @@ def test_the_model_is_tested_against_the_best_baseline(monkeypatch, pretrained):
     ("units", "expected"),
     [
         ([0.1, 0.2, 0.3], "the model is worse than its untrained self (score -0.300 ["),
-        ([0.6, 0.5, 0.4], "the model is not better than its untrained self (score +0.000 ["),
+        ([0.6, 0.5, 0.4], "the model is not shown to be better than its untrained self (score +0.000 ["),
         ([0.8, 0.8, 0.8], None),
     ],
 )

@@ -224,7 +224,6 @@ def test_benchmark_writes_model_and_baselines(
     seen = "were in the training of this model, which flatters it."
     assert (answer.out + answer.err).count(seen) == 1
     assert any(note.endswith(seen) for note in record["notes"])
-    assert f"linear_probe: {', '.join(['model', *BASELINES])}\n" in answer.err
     took = re.findall(r"^linear_probe: (\w+) took [\d.]+ s$", answer.err, re.MULTILINE)
     assert took == ["model", *BASELINES]
     embedded = re.findall(r"^(\w+): embedded in [\d.]+ s$", answer.err, re.MULTILINE)

@@ -102,15 +102,12 @@ class Scores:
 
 
 def announced(methods: Sequence[Method], benchmark: str) -> Iterator[Method]:
-    """The methods that a benchmark scores, one by one; of several it is said which, and how long each took."""
-    if len(methods) < 2:  # as while a model trains
-        yield from methods
-        return
-    log.info("%s: %s", benchmark, ", ".join(method.name for method in methods))
+    """The methods that a benchmark scores, one by one; of several it is said how long each took."""
     for method in methods:
         began = time.monotonic()
         yield method
-        log.info("%s: %s took %.1f s", benchmark, method.name, time.monotonic() - began)
+        if len(methods) > 1:  # not while a model trains
+            log.info("%s: %s took %.1f s", benchmark, method.name, time.monotonic() - began)
 
 
 class Benchmark(Protocol):

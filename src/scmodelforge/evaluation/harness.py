@@ -177,20 +177,21 @@ def _run_all(config: Config, bundle: ModelBundle, cells: EvaluationCells) -> lis
 
 
 def _compare_with_untrained(what: str, scores: dict[str, Scores], seed: int) -> None:
-    """Say so where pretraining has added nothing."""
+    """Say so where pretraining has added nothing, or harms."""
     rivals = {name: score for name, score in scores.items() if name in ("model", "untrained")}
     found = _comparison(rivals, seed) if len(rivals) == 2 else None
     if found is None or found["interval"][0] > 0:
         return
     low, high = found["interval"]
     log.warning(
-        "%s: the model is %s than its untrained self (%s %+.3f [%+.3f, %+.3f]): here pretraining has added nothing.",
+        "%s: the model is %s its untrained self (%s %+.3f [%+.3f, %+.3f]): here pretraining %s.",
         what,
-        "worse" if high < 0 else "not better",
+        "worse than" if high < 0 else "not shown to be better than",
         found["metric"],
         found["difference"],
         low,
         high,
+        "does harm" if high < 0 else "has added nothing that these cells can tell",
     )
 
 
