@@ -76,7 +76,8 @@ def plot_volcano(table: pd.DataFrame, output: Path, title: str, shift: str) -> N
             )
     axes.axhline(-np.log10(SIGNIFICANT), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.margins(0.08)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])  # room for points at 0
+    axes.locator_params(axis="x", nbins=5)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(shift)
     axes.set_ylabel("−log₁₀ false discovery rate")
