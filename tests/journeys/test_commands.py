@@ -233,7 +233,7 @@ def test_benchmark_writes_model_and_baselines(
     assert [row["method"] for row in json.loads(output.read_text())["results"]] == ["model"]
 
 
-def test_a_benchmark_announces_the_methods_that_it_scores(trained: Path, cells: Path, tmp_path: Path) -> None:
+def test_a_benchmark_names_the_methods_that_it_scores(trained: Path, cells: Path, tmp_path: Path) -> None:
     spec = "eval.benchmarks=[{name: knn_annotation, params: {n_splits: 1, held_out_classes: []}}]"
     answer = done(
         *("benchmark", "--model", trained / "model", "--data", cells, "--set", spec),
@@ -241,7 +241,6 @@ def test_a_benchmark_announces_the_methods_that_it_scores(trained: Path, cells: 
     )
     scored = [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["results"]]
     assert "log_normalized" not in scored
-    assert f"knn_annotation: {', '.join(scored)}\n" in answer.err
     assert re.search(rf"knn_annotation on test took [\d.]+ s: {', '.join(scored)}\n", answer.err)
 
 
