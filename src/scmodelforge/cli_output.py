@@ -79,9 +79,9 @@ def speed_line(figures: dict[str, Any]) -> str:
 
 
 def print_results(evaluation: Evaluation) -> None:
-    """A table for each benchmark with 95 % intervals, the test against the best baseline below it, then the notes.
+    """A table for each benchmark with 95 % intervals, and the test against the best baseline below it.
 
-    Notes that were warnings stand on the terminal already.
+    Notes were said when they arose (on stderr), and are in the JSON file and on the page.
     """
     from rich.console import Console
     from rich.table import Table
@@ -103,10 +103,6 @@ def print_results(evaluation: Evaluation) -> None:
         for row in rows:
             if row.comparison:
                 console.print(_comparison_line(row.comparison))
-    once = (each for handler in logging.getLogger("scmodelforge").handlers for each in handler.filters)
-    warned = {text for each in once if isinstance(each, _Once) for text in each.warned}
-    if notes := [f"- {note}" for note in evaluation.notes if note not in warned]:
-        console.print("Notes:", *notes, sep="\n", markup=False, highlight=False)
 
 
 def _figure(row: BenchmarkResult, key: str) -> str:
@@ -197,14 +193,10 @@ class _Once(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
-        self.warned: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        new = text not in self.said
-        self.said.add(text)
-        if record.levelno >= logging.WARNING:
-            self.warned.add(text)
+        new = record.getMessage() not in self.said
+        self.said.add(record.getMessage())
         return new
 
 

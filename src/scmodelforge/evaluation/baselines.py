@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from scmodelforge.config_eval import EvalConfig
 from scmodelforge.errors import DataError, require_extra
-from scmodelforge.evaluation.benchmark import EvaluationCells, Method
+from scmodelforge.evaluation.benchmark import EvaluationCells, Method, progress
 from scmodelforge.evaluation.splits import group_column
 from scmodelforge.inference import embed_store
 from scmodelforge.models.bundle import ModelBundle, build_model
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 log = logging.getLogger(__name__)
-progress = logging.getLogger("scmodelforge.evaluation.progress")  # is no note of the results
 
 TARGET_SUM = 10_000  # counts per cell after normalization, scanpy's usual choice
 N_TOP_GENES = 2000

@@ -21,7 +21,7 @@ from scmodelforge.data.sources import open_matrix
 from scmodelforge.data.store import CellStore
 from scmodelforge.models.bundle import ModelBundle
 
-log = logging.getLogger(__name__)
+progress = logging.getLogger("scmodelforge.evaluation.progress")  # is no note of the results
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def announced(methods: Sequence[Method], benchmark: str) -> Iterator[Method]:
         began = time.monotonic()
         yield method
         if len(methods) > 1:  # not while a model trains
-            log.info("%s: %s took %.1f s", benchmark, method.name, time.monotonic() - began)
+            progress.info("%s: %s took %.1f s", benchmark, method.name, time.monotonic() - began)
 
 
 class Benchmark(Protocol):

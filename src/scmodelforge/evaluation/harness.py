@@ -19,7 +19,7 @@ from scmodelforge import registry
 from scmodelforge.config import Config
 from scmodelforge.errors import DataError
 from scmodelforge.evaluation.baselines import baseline_methods, check_baselines
-from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method, Scores
+from scmodelforge.evaluation.benchmark import Benchmark, EvaluationCells, Method, Scores, progress
 from scmodelforge.evaluation.seen import SeenCells, seen_cells
 from scmodelforge.evaluation.splits import check_embedding
 from scmodelforge.evaluation.uncertainty import paired_test
@@ -29,7 +29,6 @@ from scmodelforge.models.bundle import ModelBundle, with_model_of
 
 log = logging.getLogger(__name__)
 
-PROGRESS = tuple(f"scmodelforge.evaluation.{name}" for name in ("harness", "benchmark", "progress"))
 VERSIONS_OF = ("scmodelforge", "torch", "scanpy", "scikit-learn", "scib-metrics")
 
 
@@ -156,17 +155,17 @@ def _run_all(config: Config, bundle: ModelBundle, cells: EvaluationCells) -> lis
     check_baselines(cells, config.eval)
     began = time.monotonic()
     embedding = embed_store(bundle, cells.store, config.eval.batch_size)
-    log.info("model: embedded in %.1f s", time.monotonic() - began)
+    progress.info("model: embedded in %.1f s", time.monotonic() - began)
     methods = [Method("model", False, embedding, bundle), *baseline_methods(bundle, cells, config.eval)]
     for rival in methods:
         if rival.embedding is not None:
             check_embedding(rival.embedding, cells.store.n_cells, rival.name)
     results = []
     for spec, one in benchmarks:
-        log.info("%s on %s", spec.name, spec.dataset)
+        progress.info("%s on %s", spec.name, spec.dataset)
         began = time.monotonic()
         scores = one.run(methods, cells, spec.params, seed)
-        log.info(
+        progress.info(
             "%s on %s took %.1f s: %s", spec.name, spec.dataset, time.monotonic() - began, ", ".join(scores)
         )
         for method, score in scores.items():
@@ -251,7 +250,7 @@ class _Notes(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        of_evaluation = record.name.startswith("scmodelforge.evaluation") and record.name not in PROGRESS
+        of_evaluation = record.name.startswith("scmodelforge.evaluation") and record.name != progress.name
         if of_evaluation or record.levelno >= logging.WARNING:
             self.messages.append(record.getMessage())
 

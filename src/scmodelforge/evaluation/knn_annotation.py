@@ -65,7 +65,7 @@ class KnnAnnotation:
 
     def check(self, cells: EvaluationCells, params: KnnAnnotationParams, seed: int) -> None:
         """Raise `DataError` if labels, groups, held-out classes or the number of neighbours cannot be used."""
-        used = probe_cells(cells.store.obs, params, seed, cells.where)
+        used = probe_cells(cells.store.obs, params, seed, cells.where, "knn_annotation")
         held_out = _held_out(used, params, cells.where)
         for train, _ in used.splits:
             sizes = np.bincount(used.truth[train], minlength=len(used.classes))
@@ -93,7 +93,7 @@ class KnnAnnotation:
         DataError
             If labels, groups, held-out classes or an embedding cannot be used.
         """
-        used = probe_cells(cells.store.obs, params, seed, cells.where)
+        used = probe_cells(cells.store.obs, params, seed, cells.where, "knn_annotation")
         held_out = _held_out(used, params, cells.where)
         facts: dict[str, int | str] = {
             "n_neighbors": params.n_neighbors,

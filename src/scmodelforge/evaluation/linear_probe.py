@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from scmodelforge.config_eval import KnnAnnotationParams, LinearProbeParams
+from scmodelforge.config_eval import LinearProbeParams
 from scmodelforge.evaluation.baselines import log_normalized
 from scmodelforge.evaluation.benchmark import EvaluationCells, Method, Scores, announced
 from scmodelforge.evaluation.classification import UNTESTED, label_scores
@@ -56,21 +56,24 @@ class ProbeCells(NamedTuple):
     split: str
 
 
-def probe_cells(obs: pd.DataFrame, params: LinearProbeParams, seed: int, where: str) -> ProbeCells:
+def probe_cells(
+    obs: pd.DataFrame, params: LinearProbeParams, seed: int, where: str, benchmark: str = "linear_probe"
+) -> ProbeCells:
     """Choose cells and splits, the same for every method; needs no embedding, so it goes first.
+
+    Messages name the options of `benchmark`.
 
     Raises
     ------
     DataError
         If labels or groups cannot be used.
     """
-    name = "knn_annotation" if isinstance(params, KnnAnnotationParams) else "linear_probe"
     mask, labels = usable_labels(
         obs,
         params.cell_type_key,
         where,
         drop_unlabelled=params.drop_unlabelled,
-        section=f"eval.benchmarks[{name}].params",
+        section=f"eval.benchmarks[{benchmark}].params",
         min_cells=max(2, params.min_cells_per_class),  # one cell cannot both train and test
         drop_small=params.drop_small_classes,
     )
