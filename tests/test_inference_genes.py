@@ -117,8 +117,7 @@ def test_attention_mixes_values_to_what_the_model_computes(sections: dict[str, A
     with torch.no_grad():
         bundle.model.encode(tokens, "mean")
         ((x, mixed),) = seen
-        q, k = layer.queries_and_keys(x)
-        v = layer.v(x).unflatten(1, (layer.num_heads, -1))
+        q, k, v = layer.queries_keys_values(x)
         sequences = bundle.model.sequences_to_embed(tokens)
         ours = torch.zeros_like(v)
         for head in range(layer.num_heads):
@@ -139,7 +138,7 @@ def test_attention_reads_what_the_block_reads() -> None:
     with torch.no_grad():
         bundle.model.encode(packed)
         hook.remove()
-        q, k = layer.queries_and_keys(seen[0])
+        q, k, _ = layer.queries_keys_values(seen[0])
         length = tokens.input_ids.shape[1]
         weights = np.zeros((6, length, length))
         pieces = attention_weights(q, k, bundle.model.sequences(packed), range(layer.num_heads))

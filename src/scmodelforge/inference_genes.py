@@ -195,7 +195,7 @@ def attention(
                 continue
             block = blocks[number - 1]
             assert isinstance(block, Block)
-            q, k = block.attention.queries_and_keys(block.read_by_attention(x))
+            q, k, _ = block.attention.queries_keys_values(block.read_by_attention(x))
             for piece, weights in attention_weights(q, k, sequences, heads, block.attention.soft_cap):
                 is_chosen = places[piece] >= 0
                 i = places[piece][is_chosen]

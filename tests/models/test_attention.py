@@ -12,15 +12,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask
 
-from scmodelforge.models import attention
-from scmodelforge.models.attention import (
-    Sequences,
-    attend,
-    bias_in_channels,
-    change_of_scores,
-    varlen_options,
-    who_reads,
-)
+from scmodelforge.models import attention, attention_cpu, attention_gpu
+from scmodelforge.models.attention import attend, bias_in_channels
+from scmodelforge.models.attention_gpu import BLOCK, change_of_scores, varlen_options, who_reads
+from scmodelforge.models.sequences import Sequences
 
 LENGTHS = (3, 0, 5, 1, 7)
 TOTAL, HEADS, WIDTH = sum(LENGTHS), 2, 4
@@ -154,20 +149,20 @@ def test_what_a_gpu_is_told_is_the_same_formula(kind: str) -> None:
     weights = scores.masked_fill(~reads(0, 0, i, j), -torch.inf).softmax(-1)
     torch.testing.assert_close(torch.einsum("hij,jhd->ihd", weights, v), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():  # FlexAttention itself, which on the CPU has no backward pass
-        mixed = attention._flexible(q, k, v, sequences, soft_cap, 1 / math.sqrt(WIDTH))
+        mixed = attention_gpu.flexible(q, k, v, sequences, soft_cap, 1 / math.sqrt(WIDTH))
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_a_gpu_reads_sequences_longer_and_shorter_than_its_blocks() -> None:
-    lengths = torch.tensor([attention.BLOCK + 9, 0, 1, 100, attention.BLOCK, 3])
+    lengths = torch.tensor([BLOCK + 9, 0, 1, 100, BLOCK, 3])
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     total = int(ends[-1])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(total, HEADS, 16, generator=generator) for _ in range(3))
     bias = torch.rand(total, generator=generator) * 5
     sequences = Sequences(ends, int(lengths.max()), causal=True, key_bias=bias, biases_itself=False)
-    mixed = attention._flexible(q, k, v, sequences, 4.0, 1 / math.sqrt(16))
+    mixed = attention_gpu.flexible(q, k, v, sequences, 4.0, 1 / math.sqrt(16))
     torch.testing.assert_close(mixed, dense(q, k, v, sequences, 4.0), atol=1e-5, rtol=1e-5)
 
 
@@ -185,14 +180,14 @@ def test_a_gpu_looks_at_the_blocks_that_are_read_and_no_others(
     total = int(ends[-1]) + 100 * tail
     everyone = torch.arange(total) % 3 != 1 if some else None
     sequences = Sequences(ends, max(lengths), causal, read_by_all=everyone)
-    blocks = attention.blocks_of(sequences, total)
-    padded = total + -total % attention.BLOCK
+    blocks = attention_gpu.blocks_of(sequences, total)
+    padded = total + -total % BLOCK
     reads = who_reads(sequences, padded)
     pairs = create_mask(reads, None, None, padded, padded, device="cpu")[0, 0]
-    n = padded // attention.BLOCK
+    n = padded // BLOCK
     if n == 0:
         return
-    by_block = pairs.view(n, attention.BLOCK, n, attention.BLOCK).transpose(1, 2).flatten(2)
+    by_block = pairs.view(n, BLOCK, n, BLOCK).transpose(1, 2).flatten(2)
     partly = torch.zeros(n, n, dtype=torch.bool)
     whole = torch.zeros(n, n, dtype=torch.bool)
     for found, counts, indices in (
@@ -218,7 +213,7 @@ def test_the_kernel_of_a_gpu_gets_heads_of_a_width_that_it_takes(
     def kernel(
         q, k, v, starts, ends, longest, longest_read, is_causal=False, window_size=(-1, -1), scale=None
     ):
-        assert all(x.is_contiguous() and x.shape[-1] % attention.CHANNELS == 0 for x in (q, k, v))
+        assert all(x.stride(-1) == 1 and x.shape[-1] % attention_gpu.CHANNELS == 0 for x in (q, k, v))
         assert starts is ends
         assert longest == longest_read == max(LENGTHS)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -226,14 +221,14 @@ def test_the_kernel_of_a_gpu_gets_heads_of_a_width_that_it_takes(
         # `dense` scales by the width that it sees.
         return dense(q * scale * math.sqrt(q.shape[-1]), k, v, Sequences(starts, longest, causal))
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "VARLEN_PARAMETERS", frozenset(parameters))
+    monkeypatch.setattr(attention_gpu, "varlen_attn", kernel)
+    monkeypatch.setattr(attention_gpu, "VARLEN_PARAMETERS", frozenset(parameters))
     sequences, _ = KINDS[kind]
     q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in heads())
     expected, scale = dense(q, k, v, sequences), 1 / math.sqrt(WIDTH)
     if sequences.key_bias is not None:
         q, k, v = bias_in_channels(q, k, v, sequences.key_bias, scale)
-    mixed = attention._variable_length(q, k, v, sequences, scale)[..., :WIDTH]
+    mixed = attention_gpu.variable_length(q, k, v, sequences, scale)[..., :WIDTH]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -253,4 +248,4 @@ def test_every_signature_of_torch_is_met() -> None:
 @pytest.mark.parametrize(("causal", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_the_operator_keeps_torch_s_rules(causal: bool, dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in heads())
-    torch.library.opcheck(attention.attend_each, (q, k, v, ENDS, causal, 0.5))
+    torch.library.opcheck(attention_cpu.attend_each, (q, k, v, ENDS, causal, 0.5))

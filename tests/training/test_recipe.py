@@ -11,9 +11,9 @@ from torch import nn
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.errors import ModelError
-from scmodelforge.models.attention import Sequences
 from scmodelforge.models.bundle import load_model, read_checkpoint
 from scmodelforge.models.published import export_model
+from scmodelforge.models.sequences import Sequences
 from scmodelforge.models.transformer import Attention
 from scmodelforge.training.run import train
 from tests.helpers import marker_cells, tiny_config

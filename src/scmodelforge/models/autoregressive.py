@@ -9,11 +9,11 @@ import torch
 from scmodelforge.config import Config
 from scmodelforge.errors import ModelError
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.attention import Sequences
 from scmodelforge.models.base import CellTransformer, at, cell_of
 from scmodelforge.models.gene_prediction import GenePrediction
 from scmodelforge.models.heads import CountHead, ExpressionHead, build_gene_head
 from scmodelforge.models.objectives.counts import EPSILON
+from scmodelforge.models.sequences import Sequences
 from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.packed import PackedTokens, unpack

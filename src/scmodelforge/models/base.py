@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.attention import Sequences
 from scmodelforge.models.embeddings import ExternalGenes, ObsEmbedding, build_embedding
 from scmodelforge.models.pooling import pool
+from scmodelforge.models.sequences import Sequences
 from scmodelforge.models.transformer import Transformer
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.packed import PackedTokens, Packing, unpack

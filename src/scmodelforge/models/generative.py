@@ -12,9 +12,9 @@ from torch import nn
 
 from scmodelforge.config import Config
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.attention import Sequences
 from scmodelforge.models.encoder import TransformerEncoder
 from scmodelforge.models.objectives.expression import predicted_values
+from scmodelforge.models.sequences import Sequences
 from scmodelforge.models.transformer import initialize
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.packed import PackedQueries, PackedTokens, pack_queries

@@ -12,10 +12,10 @@ from torch import nn
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.attention import Sequences
 from scmodelforge.models.auxiliary import AuxiliaryHeads
 from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.embeddings import MASKED_VALUE, GeneValueEmbedding
+from scmodelforge.models.sequences import Sequences
 from scmodelforge.models.transformer import Transformer, initialize
 from scmodelforge.tokenizers.packed import PackedQueries, PackedTokens
 

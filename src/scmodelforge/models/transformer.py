@@ -3,7 +3,7 @@
 What is special about it:
 - it reads packed cells, (total, width): no padding anywhere, and all but attention needs no idea of cells
   (see `attention.py`);
-- own q, k, v and out projections, so that adapters reach each of them;
+- own q, k, v and out projections, so that adapters reach each of them, computed in one where there is none;
 - LayerNorm before the sublayers (stable from scratch) or after them (BERT, and so Geneformer).
 """
 
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scmodelforge.config import ModelConfig
-from scmodelforge.models.attention import Sequences, attend, with_blocks
+from scmodelforge.models.attention import attend
+from scmodelforge.models.attention_gpu import with_blocks
+from scmodelforge.models.sequences import Sequences
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 INITIALIZER_RANGE = 0.02  # Devlin et al. 2019; Theodoris et al. 2023
@@ -44,16 +46,23 @@ class Attention(nn.Module):
         self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(total, width) → the same; see `Transformer` for `projected`."""
-        q, k = self.queries_and_keys(x)
-        v = self.v(x).unflatten(1, (self.num_heads, -1))
+        q, k, v = self.queries_keys_values(x)
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, sequences, self.soft_cap, dropout).flatten(1)
         return self.out(mixed) if projected is None else torch.where(projected, self.out(mixed), mixed)
 
-    def queries_and_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(total, width) → two of (total, heads, head width)."""
-        q, k = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.q, self.k))
-        return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)  # norms give float32 under autocast
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(total, width) → three of (total, heads, head width)."""
+        layers = (self.q, self.k, self.v)
+        if all(
+            type(layer) is nn.Linear for layer in layers
+        ):  # one product reads x once; an adapter is a layer itself
+            weight = torch.cat([layer.weight for layer in layers])
+            bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
+            q, k, v = F.linear(x, weight, bias).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        else:
+            q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in layers)
+        return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype), v  # norms give float32 under autocast
 
 
 class FeedForward(nn.Module):
