@@ -136,9 +136,9 @@ def masked_genes(masking: Masking, vocab: GeneVocab) -> MaskedPrediction:
     return MaskedPrediction(Config(tokenizer=TokenizerConfig(masking=masking)), vocab)
 
 
-def untrained_annotator() -> ModelBundle:
+def untrained_annotator(**sections: Any) -> ModelBundle:
     """A tiny model of the 40 genes of `marker_cells` with a head for their cell types, always the same."""
-    config = tiny_config(Path("nowhere"))
+    config = tiny_config(Path("nowhere"), **sections)
     vocab, labels = make_vocab(40), Labels("cell_type", "classification", tuple(MARKERS))
     model, head = build_model(config, vocab, seed=0), build_head(config, labels, seed=0)
     return ModelBundle(config, vocab, model.eval(), labels, head.eval())

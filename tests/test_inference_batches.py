@@ -191,10 +191,33 @@ def test_bf16_where_the_processor_computes_in_it(
 
 
 def test_what_is_no_precision_or_pooling_is_refused(bundle: ModelBundle, store: CellStore) -> None:
-    with pytest.raises(UserError, match="precision is '16'; it must be 32 or bf16"):
+    with pytest.raises(UserError, match="precision is '16'; it must be 32, bf16 or bf16-true"):
         embed_store(bundle, store, precision="16")
     with pytest.raises(UserError, match="pooling is 'max'; it must be mean, cls or window"):
         embed_store(bundle, store, pooling="max")
     for use in (embed, annotate):
-        with pytest.raises(UserError, match="precision is 'half'; it must be 32 or bf16"):
+        with pytest.raises(UserError, match="precision is 'half'; it must be 32, bf16 or bf16-true"):
             use(marker_cells(5), bundle, precision="half")
+
+
+@pytest.mark.skipif(not inference_batches.bf16_on_cpu(), reason="needs AVX512-BF16 or AMX")
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_bf16_true_rounds_what_blocks_hand_on_and_leaves_no_trace(norm: str, store: CellStore) -> None:
+    bundle, seen = untrained_annotator(model={"norm": norm}), []
+    hooks = [
+        block.register_forward_hook(lambda block, given, result: seen.append(result.dtype))
+        for block in bundle.model.transformer.blocks
+    ]
+    exact = embed_store(bundle, store)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    half = embed_store(bundle, store, precision="bf16-true")
+    assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    mixed = embed_store(bundle, store, precision="bf16")
+    assert set(seen) == {torch.float32}
+    for hook in hooks:
+        hook.remove()
+    distance = [np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (mixed, half)]
+    assert 0 < distance[0] < distance[1] < 0.03
+    np.testing.assert_array_equal(embed_store(bundle, store), exact)

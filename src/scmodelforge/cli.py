@@ -51,7 +51,8 @@ DaskOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Most cells of a batch.")]
 PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", help="32 or bf16; default: bf16 on a GPU that has it, else 32.")
+    str | None,
+    typer.Option("--precision", help="32, bf16 or bf16-true; default: bf16 on a GPU that has it, else 32."),
 ]
 
 
@@ -316,7 +317,7 @@ def perturb(
     ] = None,
     max_cells: Annotated[int, typer.Option("--max-cells", min=1, help="Most cells to perturb.")] = 1000,
     pooling: Annotated[str | None, typer.Option("--pooling", help="As of embed.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="32 or bf16.")] = "32",
+    precision: Annotated[str, typer.Option("--precision", help="32, bf16 or bf16-true.")] = "32",
     seed: Annotated[int, typer.Option("--seed", min=0, help="For cells and genes that are drawn.")] = 0,
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -34,8 +34,6 @@ from scmodelforge.tokenizers.base import build_tokenizer
 
 log = logging.getLogger(__name__)
 
-COMPILED_FROM = 250_000  # cells on a GPU; with fewer, compiling takes longer than it saves
-
 EMBEDDING_KEY = "X_scmodelforge"
 PROVENANCE_KEY = "scmodelforge"  # in uns
 
@@ -85,7 +83,7 @@ def embed_store(
 ) -> np.ndarray:
     """Embed cells of a store: all of them, or the given rows; float32 (n_cells, hidden_dim) in that order.
 
-    `precision` is "32" or "bf16"; None: bf16 on a GPU that has it, else 32.
+    `precision` is "32", "bf16" or "bf16-true"; None: bf16 on a GPU that has it, else 32.
     """
     rows = np.arange(store.n_cells) if rows is None else rows
     embeddings = np.empty((len(rows), bundle.model.hidden_dim), dtype=np.float32)
@@ -120,15 +118,11 @@ def embeddings_of(
     model = bundle.model.to(device).eval()
     if (pooling or model.pooling) == "cls" and not bundle.config.tokenizer.prepend_cls:
         log.warning("pooling cls: this model has no <cls> token, so the first gene's hidden state is taken.")
-    encode = model.encode
-    if device.startswith("cuda") and len(rows) >= COMPILED_FROM:
-        log.info("Compiling the model, which takes some ten seconds and pays with so many cells.")
-        encode = torch.compile(encode, dynamic=True)
     return compute_cells(
         bundle,
         store,
         rows,
-        lambda tokens: encode(tokens, pooling),
+        lambda tokens: model.encode(tokens, pooling),
         batch_size=batch_size,
         device=device,
         precision=precision,
@@ -268,7 +262,7 @@ def embed(
     batch_size
         Most cells of a batch; long cells come in smaller ones.
     precision
-        "32" or "bf16"; None: bf16 on a GPU that has it, else 32.
+        "32", "bf16" or "bf16-true"; None: bf16 on a GPU that has it, else 32.
     config
         Where the counts are, if not in X (`DataConfig(layer="counts")`).
     copy

@@ -20,7 +20,9 @@ from scmodelforge.data.batch import REPEAT, MeasuredGenes
 from scmodelforge.data.loader import BatchLoader
 from scmodelforge.data.store import CellStore
 from scmodelforge.errors import UserError
+from scmodelforge.models.base import CellTransformer
 from scmodelforge.models.bundle import ModelBundle
+from scmodelforge.models.transformer import rounded_residuals
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.packed import PackedTokens
@@ -28,8 +30,10 @@ from scmodelforge.tokenizers.packed import PackedTokens
 log = logging.getLogger(__name__)
 
 THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))
-BUDGET = {"cuda": 65_536, "cpu": 16_384}  # tokens of a batch
-PRECISIONS = ("32", "bf16")
+BUDGET = {"cuda": 65_536, "large cuda": 262_144, "cpu": 16_384}  # tokens of a batch
+LARGE = 40 * 2**30  # bytes of a GPU, of which the widest published models then take a fourth
+COMPILED_FROM = 250_000  # cells on a GPU; with fewer, compiling takes longer than it saves
+PRECISIONS = ("32", "bf16", "bf16-true")
 
 
 def default_device() -> str:
@@ -40,19 +44,22 @@ def default_device() -> str:
 def precision_for(asked: str | None, device: str) -> str:
     """The precision to compute in: as asked; None: "bf16" on a GPU that has it, else "32".
 
+    "bf16" rounds factors of products alone; "bf16-true" also what a block hands to the next one, as a model in bfloat16
+    does.
+
     Raises
     ------
     UserError
         If there is no such precision, or `device` computes in bf16 no faster.
     """
     if asked not in (None, *PRECISIONS):
-        raise UserError(f"precision is '{asked}'; it must be 32 or bf16.")
+        raise UserError(f"precision is '{asked}'; it must be 32, bf16 or bf16-true.")
     on_gpu = device.startswith("cuda")
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16_on_cpu()
-    if asked == "bf16" and not fast:
+    if asked not in (None, "32") and not fast:
         what = "GPU" if on_gpu else "processor (without AVX512-BF16 or AMX)"
         raise UserError(
-            f"precision bf16: this {what} does not compute in it, so it would be slower and less exact.\n"
+            f"precision {asked}: this {what} does not compute in it, so it would be slower and less exact.\n"
             "Leave precision out, or take 32."
         )
     return asked or ("bf16" if on_gpu and fast else "32")
@@ -98,21 +105,24 @@ def compute_cells(
     batch_size
         Most cells of a batch.
     precision
-        "32" or "bf16", as `precision_for` gives it.
+        As `precision_for` gives it.
 
     Raises
     ------
     UserError
         If a cell alone does not fit into the memory.
     """
-    run = FittingBatches(compute, bundle.model.readable, device, precision)
+    if device.startswith("cuda") and len(rows) >= COMPILED_FROM:
+        log.info("Compiling the model, which takes some ten seconds and pays with so many cells.")
+        compute = torch.compile(compute, dynamic=True)
+    run = FittingBatches(compute, bundle.model, device, precision)
     rows = np.ascontiguousarray(rows, dtype=np.int64)  # torch takes no reversed view
     before: tuple[torch.Tensor, int] | None = None
     for parts in batches_of(bundle, store, rows, batch_size, run.parts):
         values = run(parts)
         if before is not None:  # fetched only now, so that a GPU has the next batch while it is waited for
             yield Computed(before[0].float().cpu().numpy(), before[1])
-        before = values, sum(_n_empty(bundle, part.cells) for part in parts)
+        before = values, sum(part.n_empty for part in parts)
     if before is not None:
         yield Computed(before[0].float().cpu().numpy(), before[1])
 
@@ -147,10 +157,11 @@ def token_batches(
 
 
 class Part(NamedTuple):
-    """Some cells of a batch, as tokens and packed for the model."""
+    """Some cells of a batch, as tokens and packed for the model; how many of them have no gene that it knows."""
 
     cells: TokenBatch
     packed: PackedTokens
+    n_empty: int
 
 
 class FittingBatches:
@@ -165,22 +176,26 @@ class FittingBatches:
     def __init__(
         self,
         compute: Callable[[PackedTokens], torch.Tensor],
-        pack: Callable[[TokenBatch], PackedTokens],
+        model: CellTransformer,
         device: str,
         precision: str,
     ) -> None:
-        self.compute, self.pack = compute, pack
+        self.compute, self.model = compute, model
         self.device = torch.device(device)
         self.precision = precision
-        self.budget = BUDGET.get(self.device.type, BUDGET["cpu"])
+        self.budget = BUDGET[_kind(self.device)]
 
     def parts(self, tokens: TokenBatch) -> list[Part]:
         """The cells of a batch in parts that fit the budget; called from threads."""
         cells = within_budget(tokens, self.budget)
-        packed = [self.pack(part) for part in cells]
+        packed = [self.model.readable(part) for part in cells]
         if self.device.type == "cuda":
             packed = [part.pin_memory() for part in packed]
-        return list(map(Part, cells, packed))
+        return [Part(*both, self._n_empty(both[0])) for both in zip(cells, packed, strict=True)]
+
+    def _n_empty(self, tokens: TokenBatch) -> int:
+        expressed = (tokens.values > 0) & (tokens.input_ids >= self.model.first_gene_token)
+        return int((~expressed.any(dim=1)).sum())
 
     def __call__(self, batch: TokenBatch | list[Part]) -> torch.Tensor:
         """Return (n_cells, width) on the device for a batch on the CPU, or for its parts."""
@@ -202,7 +217,10 @@ class FittingBatches:
     def _try(self, part: Part) -> torch.Tensor | None:
         """Return what is computed, or None if the memory is too small."""
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with (
+                rounded_residuals(self.model, self.precision == "bf16-true"),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "32"),
+            ):
                 return self.compute(part.packed.to(self.device, non_blocking=True))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -226,6 +244,12 @@ class FittingBatches:
         )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _kind(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    return "large cuda" if torch.cuda.get_device_properties(device).total_memory >= LARGE else "cuda"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -264,11 +288,6 @@ def some_cells(tokens: TokenBatch, cells: slice | torch.Tensor) -> TokenBatch:
         measured=measured and MeasuredGenes(measured.sets, measured.of_cell[cells]),
         **{name: None if value is None else value[cells] for name, value in optional.items()},
     )
-
-
-def _n_empty(bundle: ModelBundle, tokens: TokenBatch) -> int:
-    expressed = (tokens.values > 0) & (tokens.input_ids >= bundle.vocab.first_gene_token)
-    return int((~expressed.any(dim=1)).sum())
 
 
 def warn_of_empty(n_cells: int, what: str) -> None:

@@ -273,7 +273,7 @@ def _each_batch(
         add(tokens)
         return torch.empty(tokens.n_cells, 0)
 
-    run = FittingBatches(compute, bundle.model.readable, device, precision)
+    run = FittingBatches(compute, bundle.model, device, precision)
     for tokens in token_batches(bundle, store, rows, batch_size):
         run(tokens)
 

@@ -370,7 +370,7 @@ def test_where_to_write_must_be_said_once(trained: Path, cells: Path, tmp_path: 
     output = ("--output", tmp_path / "e.h5ad")
     refused(*embed, *output, "--key", "a/b", words=("The key 'a/b' holds a '/'",))
     refused(*embed, *output, "--pooling", "max", words=("--pooling is 'max'", "mean, cls or window"))
-    refused(*embed, *output, "--precision", "16", words=("precision is '16'", "32 or bf16"))
+    refused(*embed, *output, "--precision", "16", words=("precision is '16'", "32, bf16 or bf16-true"))
     assert files_below(tmp_path) == []
 
 

@@ -8,6 +8,7 @@ import torch
 
 from scmodelforge.config import Config, Preprocessing
 from scmodelforge.models.bundle import build_model
+from scmodelforge.models.transformer import linear_relu
 from tests.helpers import make_cells, make_vocab, rank_tokenizer
 
 VOCAB = make_vocab(200)
@@ -58,3 +59,11 @@ def test_an_empty_cell_gives_finite_numbers_and_disturbs_nobody(prepend_cls: boo
     others = np.arange(12) != 3
     expected = model.encode(tokenizer(make_cells(COUNTS)), "mean")[others]
     torch.testing.assert_close(embedded[others], expected, atol=1e-5, rtol=0)
+
+
+def test_a_layer_and_its_relu_in_one_are_the_two() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (6, 8), (6,)))
+    expected = torch.relu(torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(linear_relu(x, weight, bias), expected)
+    torch.library.opcheck(linear_relu, (x, weight, bias))

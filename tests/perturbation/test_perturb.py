@@ -356,7 +356,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "cells": ({"max_cells": 0}, ("max_cells is 0",)),
     "pooling": ({"pooling": "max"}, ("must be mean, cls or window",)),
     "no cls": ({"pooling": "cls"}, ("has no <cls> token", "Use pooling mean")),
-    "precision": ({"precision": "16"}, ("it must be 32 or bf16",)),
+    "precision": ({"precision": "16"}, ("it must be 32, bf16 or bf16-true",)),
 }
 
 

@@ -10,6 +10,7 @@ What is special about it:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -76,19 +77,35 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(total, width) → the same."""
+        in_one = self.activation is F.relu and not torch.is_grad_enabled() and type(self.fc1) is nn.Linear
+        if in_one and x.is_cuda and self.fc1.bias is not None and torch.is_autocast_enabled("cuda"):
+            half = torch.get_autocast_dtype("cuda")
+            return self.fc2(linear_relu(*(t.to(half) for t in (x, self.fc1.weight, self.fc1.bias))))
         return self.fc2(self.activation(self.fc1(x)))
+
+
+@torch.library.custom_op("scmodelforge::linear_relu", mutates_args=())
+def linear_relu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A linear layer and its ReLU in one kernel, (total, n) → (total, m), for a GPU where no gradient is asked."""
+    return torch._addmm_activation(bias, x, weight.t())
+
+
+@linear_relu.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(len(x), len(weight))
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each with a residual and a LayerNorm.
 
     The norm comes before the sublayer ("pre"), after it ("post"), or before the sublayer and its residual
-    ("normed_residual").
+    ("normed_residual"). With `rounds_residuals` what it returns is bfloat16, see `rounded_residuals`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = config.norm
+        self.rounds_residuals = False
         self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
@@ -103,11 +120,17 @@ class Block(nn.Module):
             x = x + self.dropout(self.attention(self.attention_norm(x), sequences, projected))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         if self.norm == "normed_residual":
-            x = self.attention_norm(x)
-            x = self.feed_forward_norm(x + self.dropout(self.attention(x, sequences, projected)))
+            x = self._normed(self.attention_norm, x)
+            x = self._normed(
+                self.feed_forward_norm, x + self.dropout(self.attention(x, sequences, projected))
+            )
             return x + self.dropout(self.feed_forward(x))
-        x = self.attention_norm(x + self.dropout(self.attention(x, sequences, projected)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        x = self._normed(self.attention_norm, x + self.dropout(self.attention(x, sequences, projected)))
+        return self._normed(self.feed_forward_norm, x + self.dropout(self.feed_forward(x)))
+
+    def _normed(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = norm(x)  # float32 under autocast
+        return x.bfloat16() if self.rounds_residuals else x
 
     def read_by_attention(self, x: torch.Tensor) -> torch.Tensor:
         """What of the block's input x (total, width) its attention reads."""
@@ -122,6 +145,8 @@ class Transformer(nn.Module):
     recomputes
         Forget what is inside the blocks in the forward pass and compute it again in the backward pass: a fourth more
         work for a fraction of the memory.
+    rounds_residuals
+        Give bfloat16 to the first block, see `rounded_residuals`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -133,6 +158,7 @@ class Transformer(nn.Module):
         )
         self.soft_cap = config.soft_cap
         self.recomputes = False
+        self.rounds_residuals = False
 
     def states(
         self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
@@ -148,6 +174,8 @@ class Transformer(nn.Module):
         projected
             bool (total, 1): which of them pass attention's out projection; None: all (see `generative.py`).
         """
+        if self.rounds_residuals:
+            x = x.bfloat16()
         yield x
         sequences = with_blocks(sequences, x, self.soft_cap)
         for number, block in enumerate(self.blocks, 1):
@@ -164,6 +192,22 @@ class Transformer(nn.Module):
         for state in self.states(x, sequences, projected):
             x = state
         return x
+
+
+@contextmanager
+def rounded_residuals(model: nn.Module, rounded: bool) -> Iterator[None]:
+    """Within it the blocks of `model` hand bfloat16 to each other, if `rounded`.
+
+    Under autocast that is the arithmetic of a model whose weights are bfloat16, with half the memory traffic.
+    """
+    parts = [part for part in model.modules() if isinstance(part, Transformer | Block)]
+    for part in parts:
+        part.rounds_residuals = rounded
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.rounds_residuals = False
 
 
 def initialize(module: nn.Module) -> None:

@@ -55,10 +55,8 @@ class PerturbedCells:
         self.overexpressed = overexpressed
         self.states = None if states is None else torch.from_numpy(states).to(device)
         self.by_genes = states is None and pooling != "cls"
-        self.cells = FittingBatches(
-            lambda tokens: model.encode(tokens, pooling), model.readable, device, precision
-        )
-        self.tokens = FittingBatches(model.embedded_tokens, model.readable, device, precision)
+        self.cells = FittingBatches(lambda tokens: model.encode(tokens, pooling), model, device, precision)
+        self.tokens = FittingBatches(model.embedded_tokens, model, device, precision)
 
     def __call__(self, tokens: TokenBatch, choice: Choice) -> Iterator[np.ndarray]:
         """Yield the shifts of cells, on the CPU, under the perturbations of `choice`, some of these at a time.
