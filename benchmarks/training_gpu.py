@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ V1_10M = {"hidden_dim": 256, "num_layers": 6, "num_heads": 4, "ffn_dim": 512, "m
 MODELS = {"12 × 512": LARGE, "V1-10M": V1_10M}
 TOKENS, CELLS = 131_072, 64  # of a batch: ours, the peer's
 PEER_BATCHES = 16
-STEPS = {"12 × 512": 80, "V1-10M": 250}
+STEPS = {"12 × 512": 75, "V1-10M": 250}
 EMBEDDED_TIMES = 40  # so that some seconds are measured
 STARTED = time.perf_counter()
 
@@ -228,8 +229,30 @@ def embed_theirs(folder: str, name: str) -> dict[str, float]:
     return {"rate": 4 * sum(tokens) / seconds}
 
 
-def rows_of(folder: str, data: list[str], rounds: int) -> list[harness.Row]:
-    """Every figure."""
+LARGE_NAME, SMALL_NAME = MODELS
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "large compiled": (train_ours, {"name": LARGE_NAME, "compile": True}),
+    "train compiled": (train_ours, {"name": SMALL_NAME, "compile": True}),
+    "train bert": (train_theirs, {"name": SMALL_NAME, "cells": 32}),
+    "embed compiled, bf16-true": (
+        embed_ours,
+        {"name": SMALL_NAME, "precision": "bf16-true", "compiled": True},
+    ),
+    "embed compiled, bf16": (embed_ours, {"name": SMALL_NAME, "precision": "bf16", "compiled": True}),
+    "embed bert": (embed_theirs, {"name": SMALL_NAME}),
+    "embed, bf16": (embed_ours, {"name": SMALL_NAME, "precision": "bf16", "compiled": False}),
+    "train": (train_ours, {"name": SMALL_NAME}),
+    "large": (train_ours, {"name": LARGE_NAME}),
+}
+EMBEDDED = {
+    "embed compiled, bf16-true",
+    "embed compiled, bf16",
+    "embed bert",
+}  # whose embeddings are compared
+
+
+def rows_of(folder: str, data: list[str], rounds: int, only: list[str]) -> list[harness.Row]:
+    """The figures of the calls in `only`."""
     for name, facts in harness.fresh(prepare, folder=folder, data=data).items():
         print(
             f"{name}: {facts['tokens']:,.0f} tokens a cell, {facts['padding']:.1%} of the peer's places are padding; "
@@ -245,43 +268,31 @@ def rows_of(folder: str, data: list[str], rounds: int) -> list[harness.Row]:
         print(key, {name: round(value, 4) for name, value in seen[key][-1].items()}, flush=True)
         return seen[key][-1]["rate"]
 
-    large, small = MODELS
-    ours, embedding = (
-        partial(harness.fresh, train_ours, folder=folder),
-        partial(harness.fresh, embed_ours, folder=folder),
-    )
     calls = {
-        "large compiled": partial(ours, name=large, compile=True),
-        "train compiled": partial(ours, name=small, compile=True),
-        "train bert": partial(harness.fresh, train_theirs, folder=folder, name=small, cells=32),
-        "embed compiled, bf16-true": partial(embedding, name=small, precision="bf16-true", compiled=True),
-        "embed compiled, bf16": partial(embedding, name=small, precision="bf16", compiled=True),
-        "embed bert": partial(harness.fresh, embed_theirs, folder=folder, name=small),
-        "embed, bf16": partial(embedding, name=small, precision="bf16", compiled=False),
-        "train": partial(ours, name=small),
-        "large": partial(ours, name=large),
+        key: partial(noted, key, partial(harness.fresh, function, folder=folder, **arguments))
+        for key, (function, arguments) in CALLS.items()
+        if key in only
     }
-    rate = harness.medians({key: partial(noted, key, call) for key, call in calls.items()}, rounds)
+    rate = harness.medians(calls, rounds)
     rows = []
-    for key in ("large", "large compiled"):
+    for key in (key for key in only if key.startswith("large")):
         best = max(seen[key], key=lambda figures: figures["mfu"])
         rows += [
             harness.Row(f"12 × 512, {key}: share of the GPU's own matrix rate", best["mfu"], ""),
             harness.Row(f"12 × 512, {key}: pretraining", rate[key], "tokens/s"),
             harness.Row(f"12 × 512, {key}: waiting for data", best["wait"], ""),
         ]
-    for key in ("train", "train compiled"):
-        rows.append(harness.Row(f"V1-10M: {key}", rate[key], "tokens/s", rate["train bert"]))
-    for key in calls:
-        if key.startswith("embed") and key != "embed bert":
-            rows.append(harness.Row(f"V1-10M: {key}", rate[key], "tokens/s", rate["embed bert"]))
-    for name, least in harness.fresh(least_cosines, folder=folder).items():
-        rows.append(harness.Row(f"V1-10M: least cosine of {name} to float32", least, ""))
+    for what in ("train", "embed"):
+        for key in (key for key in only if key.startswith(what) and not key.endswith("bert")):
+            rows.append(harness.Row(f"V1-10M: {key}", rate[key], "tokens/s", rate.get(f"{what} bert")))
+    if set(only) >= EMBEDDED:
+        for name, most in harness.fresh(distances, folder=folder).items():
+            rows.append(harness.Row(f"V1-10M: largest cosine distance of {name} to float32", most, ""))
     return rows
 
 
-def least_cosines(folder: str) -> dict[str, float]:
-    """How alike each embedding of a cell is to the one in float32, at worst."""
+def distances(folder: str) -> dict[str, float]:
+    """How far embeddings in half precision are from those in float32, 1 - cosine, at worst."""
     import numpy as np
     import torch
 
@@ -295,7 +306,10 @@ def least_cosines(folder: str) -> dict[str, float]:
     exact = torch.from_numpy(embed_store(load_model(place / "ours"), store, rows=rows, precision="32"))
     found = {name: torch.from_numpy(np.load(place / f"{name}.npy")) for name in ("bf16", "bf16-true")}
     found["BERT in bfloat16"] = torch.cat(torch.load(place / "theirs.pt", weights_only=True))
-    return {name: float(torch.nn.functional.cosine_similarity(x, exact).min()) for name, x in found.items()}
+    return {
+        name: float(1 - torch.nn.functional.cosine_similarity(x.double(), exact.double()).min())
+        for name, x in found.items()
+    }
 
 
 def main() -> None:
@@ -305,10 +319,11 @@ def main() -> None:
     )
     parser.add_argument("--data", required=True, nargs="+", help=".h5ad files with raw human counts")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(CALLS), default=list(CALLS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = rows_of(folder, options.data, options.rounds)
+        rows = rows_of(folder, options.data, options.rounds, options.only)
     import torch
 
     versions = harness.versions("torch", "lightning", "transformers")

@@ -1,6 +1,6 @@
 """Attention on a GPU: torch's variable-length FlashAttention, and FlexAttention where scores are changed or hidden.
 
-On a Hopper the forward pass is a kernel of our own, see `attention_hopper.py`.
+A Hopper has kernels of our own instead of the former, see `attention_hopper.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ CHANNELS = 8  # kernels take heads whose width is a multiple of this
 
 def has_kernel(q: torch.Tensor) -> bool:
     """Whether `variable_length` takes such queries: on a GPU, in half precision."""
-    return q.is_cuda and varlen_attn is not None and q.dtype in (torch.float16, torch.bfloat16)
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return varlen_attn is not None or attention_hopper.takes(q)
 
 
 def varlen_options(parameters: frozenset[str], causal: bool, scale: float, width: int) -> dict[str, Any]:

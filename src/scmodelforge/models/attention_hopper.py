@@ -1,8 +1,8 @@
-"""Attention on a Hopper GPU (H100, H200): a forward pass for Triton, and torch's backward pass.
+"""Attention on a Hopper GPU (H100, H200), by kernels for Triton.
 
-torch's FlashAttention 2 does not use what a Hopper has for matrix products, and reaches a third of its rate; the same
-algorithm, compiled by Triton for it, is 1.4 times as fast, and 1.7 times where attention is causal (measured on an
-H200 with heads of 64 channels; the figures are in docs/performance.md). Other GPUs were not measured, and take torch's.
+torch's FlashAttention 2 does not use what a Hopper has for matrix products, and reaches a third of its rate. The same
+algorithm, compiled for it by Triton, is 1.4 times as fast forward and 1.3 times backward (on an H200, with heads of 64
+channels; see docs/performance.md), and gives the same bits each time. Other GPUs were not measured, and take torch's.
 """
 
 from __future__ import annotations
@@ -10,14 +10,29 @@ from __future__ import annotations
 import importlib.util
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from scmodelforge.models.sequences import Sequences
 
-# Width of a head → queries and keys of a block, warps, blocks of keys that are loaded ahead; the fastest on an H200.
-TILES = {32: (64, 64, 4, 2), 64: (128, 64, 8, 3), 128: (128, 64, 4, 2)}
+
+class Tile(NamedTuple):
+    """What one program of a kernel takes: rows that it computes, rows that it reads at a time, and how it does."""
+
+    rows: int
+    read: int
+    warps: int
+    stages: int
+
+
+# Width of a head → tiles of the forward pass, of the gradients of keys and of queries: the fastest seen on an H200.
+TILES = {
+    32: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2)),
+    64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3)),
+    128: (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+}
+BLOCK = 64  # rows of a program of `mean_gradient`
 
 
 @cache
@@ -54,38 +69,46 @@ def attend_on_hopper(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (total, heads, width), and float32 (heads, total): log of the sum of exp(score), as torch keeps it."""
+    """Attention (total, heads, width), and for the backward pass log Σ exp(score), float32 (heads, total)."""
     from scmodelforge.models.attention_hopper_kernel import forward
 
-    total, heads, width = q.shape
-    out, sums = torch.empty(q.shape, dtype=q.dtype, device=q.device), _log_sums(q)
-    query_block, key_block, warps, stages = TILES[width]
-    blocks = -(-longest // query_block)
-    forward[(blocks * heads * (len(cu_seqlens) - 1),)](
+    out, sums = q.new_empty(q.shape), _log_sums(q)
+    tile, _, _ = TILES[q.shape[-1]]
+    programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile)
+    forward[programs](
         *(q, k, v, out, sums, cu_seqlens),
-        *(x.stride(0) for x in (q, k, v)),
-        *(x.stride(1) for x in (q, k, v)),
-        total,
-        blocks,
+        *sizes,
         scale / math.log(2),
-        heads=heads,
-        width=width,
-        causal=causal,
-        query_block=query_block,
-        key_block=key_block,
-        num_warps=warps,
-        num_stages=stages,
+        **_constants(q, causal, tile),
+        query_block=tile.rows,
+        key_block=tile.read,
     )
     return out, sums
 
 
+def _sizes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, tile: Tile
+) -> tuple[tuple[int], tuple[int, ...]]:
+    """How many programs a kernel has, and the sizes that all kernels are told."""
+    blocks = -(-longest // tile.rows)
+    strides = (*(x.stride(0) for x in (q, k, v)), *(x.stride(1) for x in (q, k, v)))
+    return (blocks * q.shape[1] * (len(cu_seqlens) - 1),), (*strides, len(q), blocks)
+
+
+def _constants(q: torch.Tensor, causal: bool, tile: Tile) -> dict[str, Any]:
+    """What kernels are compiled for."""
+    _, heads, width = q.shape
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return {"heads": heads, "width": width, "causal": causal, **options}
+
+
 def _log_sums(q: torch.Tensor) -> torch.Tensor:
-    return torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    return q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @attend_on_hopper.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _log_sums(q)
+    return q.new_empty(q.shape), _log_sums(q)
 
 
 @torch.library.custom_op("scmodelforge::attend_on_hopper_backward", mutates_args=())
@@ -101,20 +124,48 @@ def _attend_on_hopper_backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    undrawn = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of a dropout that there is not
-    unused = torch.empty(0, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
-        *(gradient, q, k, v, out, sums, cu_seqlens, cu_seqlens, longest, longest),
-        *(0.0, causal, undrawn, unused),
-        scale=scale,
+    from scmodelforge.models.attention_hopper_kernel import (
+        gradient_of_keys,
+        gradient_of_queries,
+        mean_gradient,
     )
+
+    total, heads, width = q.shape
+    means = torch.empty_like(sums)
+    of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
+    mean_gradient[(-(-total // BLOCK), heads)](
+        out, gradient, means, total, heads=heads, width=width, block=BLOCK
+    )
+    given = (q, k, v, gradient, sums, means, cu_seqlens)
+    _, tile, tile_of_q = TILES[width]
+    programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile)
+    gradient_of_keys[programs](
+        *given,
+        *(of_k, of_v),
+        *sizes,
+        *(scale / math.log(2), scale),
+        **_constants(q, causal, tile),
+        key_block=tile.rows,
+        query_block=tile.read,
+    )
+    programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile_of_q)
+    gradient_of_queries[programs](
+        *given,
+        of_q,
+        *sizes,
+        *(scale / math.log(2), scale),
+        **_constants(q, causal, tile_of_q),
+        query_block=tile_of_q.rows,
+        key_block=tile_of_q.read,
+    )
+    return of_q, of_k, of_v
 
 
 @_attend_on_hopper_backward.register_fake
 def _(
     gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
