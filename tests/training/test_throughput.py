@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmodelforge.cli_output import speed_line
 from scmodelforge.models.bundle import ModelBundle
 from scmodelforge.models.flops import TRAINING_OVER_FORWARD, encoding_flops, training_flops
 from scmodelforge.training import throughput
+from scmodelforge.training.callbacks import ProgressBar
 from scmodelforge.training.run import RunResult, train
 from scmodelforge.training.throughput import Throughput, Work, peak_memory
 from tests.helpers import finetune_config, marker_cells, tiny_config
@@ -157,3 +159,43 @@ def test_without_proc_the_import_is_the_start(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(throughput, "Path", lambda _: Path("/nowhere/at/all"))
     assert throughput.seconds_since_start()[1] == "import of scmodelforge.training"
     assert peak_memory(torch.device("cpu"))[0] > 2**20
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often the host reads a number from a tensor, for which it would wait on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n_reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_reads_from_the_device(tmp_path: Path) -> None:
+    """Also what Lightning does around a step: it reads whatever is logged for its progress bar."""
+    reads = []
+    for n_steps in (4, 24):
+        training = {"max_steps": n_steps, "max_epochs": 4, "batch_size": 10, "log_every_n_steps": 1000}
+        config = tiny_config(tmp_path / str(n_steps), data={"split": {"val_split": 0.0}}, training=training)
+        with CountReads() as counter:
+            assert train(config, data=marker_cells(300)).performance["steps"] == n_steps - 1
+        reads.append(counter.n_reads)
+    assert reads[0] == reads[1]
+
+
+def test_the_progress_bar_reads_where_figures_are_logged() -> None:
+    bar, trainer = ProgressBar(), SimpleNamespace(log_every_n_steps=10, is_last_batch=False)
+    trainer.progress_bar_metrics, trainer.loggers = {}, []
+    shown = []
+    for step in (10, 13, 20):
+        loss = torch.tensor(float(step))
+        trainer.global_step = step
+        trainer.callback_metrics = {
+            "train_loss": loss,
+            "cells_per_second": torch.tensor(7.0),
+            "grad_norm": loss,
+        }
+        shown.append(bar.get_metrics(trainer, None))
+    assert shown == [{"loss": float(step), "cells/s": 7.0} for step in (10, 10, 20)]

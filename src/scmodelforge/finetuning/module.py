@@ -187,6 +187,4 @@ class FinetuningModule(TrainingModule):
         self.metrics.update(outputs if self.labels.task == "classification" else outputs[:, 0], batch.targets)
         self.log_dict(self.metrics, on_epoch=True, batch_size=batch.tokens.n_cells)
         loss = self._loss(outputs, batch).mean
-        self.log(
-            "val_loss", loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=batch.tokens.n_cells
-        )
+        self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=batch.tokens.n_cells)

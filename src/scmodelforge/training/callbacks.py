@@ -157,16 +157,26 @@ class LastCheckpoint(Checkpoint):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, with epochs counted from 1 and figures that mean something."""
+    """Lightning's bar, with epochs counted from 1 and figures that mean something.
+
+    Nothing is logged with `prog_bar`: Lightning would read it after each step, and let the GPU wait for that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(leave=True)
+        self.figures: dict[str, float] = {}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Loss, validation loss and cells/s."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """Loss, cells/s and validation loss, read where figures are logged."""
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 or trainer.is_last_batch:
+            shown = {"train_loss": "loss", "cells_per_second": "cells/s", "val_loss": "val_loss"}
+            measured = trainer.callback_metrics
+            self.figures |= {name: float(measured[key]) for key, name in shown.items() if key in measured}
+        return dict(self.figures)
 
 
 class ProgressLines(Callback):

@@ -82,7 +82,7 @@ class TrainingModule(LightningModule):
     def shared_loss(self, terms: Mapping[str, LossTerm], n_tokens: int) -> torch.Tensor:
         """This process's share of the loss over the cells of all; logs the loss of all and its terms."""
         loss = global_loss(terms, n_tokens)
-        self.log("train_loss", loss.mean, prog_bar=True, batch_size=1)
+        self.log("train_loss", loss.mean, batch_size=1)
         if len(terms) > 1:
             for name, mean in loss.terms.items():
                 self.log(f"train_{name}_loss", mean, batch_size=1)
@@ -101,7 +101,7 @@ class TrainingModule(LightningModule):
     def log_metrics(self, prefix: str, metrics: dict[str, float]) -> None:
         """Log figures that are already reduced over ranks, as PREFIX_NAME."""
         for name, value in metrics.items():
-            self.log(f"{prefix}_{name}", value, rank_zero_only=True, batch_size=1, prog_bar=name == "loss")
+            self.log(f"{prefix}_{name}", value, rank_zero_only=True, batch_size=1)
 
 
 def loss_terms(task: Objective, model: CellTransformer, batch: PackedBatch) -> dict[str, LossTerm]:

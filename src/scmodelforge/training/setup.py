@@ -228,7 +228,7 @@ def build_trainer(
         callbacks=[
             *callbacks,
             Throughput(wait_seconds, training.log_every_n_steps),
-            ProgressBar(leave=True) if sys.stdout.isatty() else ProgressLines(),
+            ProgressBar() if sys.stdout.isatty() else ProgressLines(),
             BestCheckpoint(folders.checkpoints, monitor, mode, training.save_top_k),
             LastCheckpoint(folders.last, training.checkpoint_every_n_steps),
         ],

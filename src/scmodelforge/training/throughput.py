@@ -153,7 +153,8 @@ class Throughput(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         is_first = self.first_step is None
-        due = trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch
+        step, is_last = trainer.global_step, trainer.is_last_batch
+        due = step % self.every_n_steps == 0 or is_last or step == trainer.max_steps
         if not (due or is_first):
             return
         gradient_norm = float(pl_module.gradient_norm)  # type: ignore[arg-type]  # waits for the GPU
@@ -182,7 +183,6 @@ class Throughput(Callback):
             batch_size=1,
             rank_zero_only=True,
         )
-        pl_module.log("cells/s", figures["cells_per_second"], prog_bar=True, logger=False, batch_size=1)
 
     def _utilization(self, work: Work) -> float | None:
         if self.matmul_rate is None:
