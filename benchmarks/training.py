@@ -14,6 +14,7 @@ speed that changes the result does not count.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -94,13 +95,16 @@ def prepare(folder: str, data: str, name: str) -> dict[str, float]:
 
 
 def train_ours(folder: str, data: str, name: str, bf16: bool, compiled: bool = False) -> dict[str, float]:
-    """`train` in this process: cells/s after the first step, peak memory, seconds from start to first step."""
-    from scmodelforge.training.run import train
+    """`scmodelforge train`: cells/s after the first step, peak memory, seconds from start to first step."""
+    from scmodelforge.config_io import to_yaml
 
-    steps = 2 * STEPS[name]
-    with tempfile.TemporaryDirectory() as run:
-        config = config_of(data, name, bf16, max_steps=steps, run_dir=run, compile=compiled)
-        figures = train(config).performance
+    with tempfile.TemporaryDirectory() as place:
+        run, config = Path(place) / "run", Path(place) / "config.yaml"
+        training = {"max_steps": 2 * STEPS[name], "run_dir": str(run), "compile": compiled}
+        config.write_text(to_yaml(config_of(str(Path(data).resolve()), name, bf16, **training)))
+        command = [sys.executable, "-m", "scmodelforge.cli", "train", "--config", str(config)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        figures = json.loads((run / "run.json").read_text())["performance"]
     return {
         "rate": figures["cells_per_second"],
         "memory": figures["peak_memory_gib"],

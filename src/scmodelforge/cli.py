@@ -16,6 +16,7 @@ import typer
 
 import scmodelforge
 from scmodelforge import cli_sharing
+from scmodelforge.cli_imports import importing
 from scmodelforge.cli_output import finish_run, print_plan, print_results, set_up_messages
 from scmodelforge.errors import UserError
 from scmodelforge.files import require_data, require_model, require_target, require_writable
@@ -87,7 +88,8 @@ def train(
     settings = load_config(_needed(config, "train"), set_ or [], sections, require_data=True)
     for model in filter(None, (checkpoint, resume)):
         require_model(model)
-    from scmodelforge.training.run import train as run
+    with importing():
+        from scmodelforge.training.run import train as run
 
     again = f"scmodelforge train --config {shlex.quote(str(config))}"
     if checkpoint is not None:
@@ -109,7 +111,8 @@ def finetune(
     settings = load_config(_needed(config, "finetune"), set_ or [], sections, require_data=True)
     for model in filter(None, (checkpoint, resume)):
         require_model(model)
-    from scmodelforge.finetuning.run import finetune as run
+    with importing():
+        from scmodelforge.finetuning.run import finetune as run
 
     paths = [shlex.quote(str(path)) for path in (config, checkpoint)]
     again = f"scmodelforge finetune --config {paths[0]} --checkpoint {paths[1]}"
@@ -123,7 +126,8 @@ def plan(config: ConfigOption = None, set_: SetOption = None) -> None:
 
     sections = (*MODEL_SECTIONS, "training")
     settings = load_config(_needed(config, "plan"), set_ or [], sections, require_data=True)
-    from scmodelforge.training.plan import plan as run
+    with importing():
+        from scmodelforge.training.plan import plan as run
 
     print_plan(run(settings))
 
@@ -183,7 +187,8 @@ def benchmark(
     require_data(_one(data))
     if output is not None:
         require_target(output)
-    from scmodelforge.evaluation.harness import evaluate
+    with importing():
+        from scmodelforge.evaluation.harness import evaluate
 
     print_results(evaluate(settings, model, _one(data), output, command=sys.argv))
     if output is not None:
@@ -252,13 +257,15 @@ def embed(
         "config": settings,
     }
     if many:
-        from scmodelforge.inference_many import embed_files, files_of
+        with importing():
+            from scmodelforge.inference_many import embed_files, files_of
 
         counts = embed_files(files_of(data), output, model, dask=dask, **how)  # type: ignore[arg-type]
         print(f"{sum(counts.values()):,} cells of {len(counts):,} files embedded: obsm['{key}'] in {output}")
         return
     target = _target(Path(data[0]), output, in_place)
-    from scmodelforge.inference_files import embed_file
+    with importing():
+        from scmodelforge.inference_files import embed_file
 
     n_cells = embed_file(data[0], target, model, **how)
     print(f"{n_cells:,} cells embedded: obsm['{key}'] of {target}")
@@ -281,7 +288,8 @@ def annotate(
     file, settings = _one(data), load_config(config, set_ or [], MODEL_SECTIONS)
     require_model(model)
     target = _target(file, output, in_place)
-    from scmodelforge.inference_files import annotate_file
+    with importing():
+        from scmodelforge.inference_files import annotate_file
 
     predictions = annotate_file(
         file, target, model, batch_size=batch_size, precision=precision, config=settings
@@ -332,8 +340,9 @@ def perturb(
     require_model(model)
     require_data(_one(data))
     require_writable(output)
-    from scmodelforge.perturbation.run import perturb as run
-    from scmodelforge.report.volcano import write_perturbations
+    with importing():
+        from scmodelforge.perturbation.run import perturb as run
+        from scmodelforge.report.volcano import write_perturbations
 
     table = run(
         _one(data),
@@ -390,7 +399,8 @@ def tokens(
     require_data(data)
     if model is not None:
         require_model(model)
-    from scmodelforge.inference import tokens as run
+    with importing():
+        from scmodelforge.inference import tokens as run
 
     table = run(data, cell, model=model, config=settings)
     shown = table.head(rows).to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="")
