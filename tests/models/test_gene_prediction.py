@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmodelforge.models import gene_prediction
-from scmodelforge.models.gene_prediction import GenePrediction
+from scmodelforge.models.gene_prediction import GenePrediction, linear_cross_entropy
 
 N_TOKENS, WIDTH, IGNORED = 50, 6, 0
 
@@ -128,3 +128,12 @@ def test_some_rows_at_a_time_give_the_logits_of_the_asked(monkeypatch: pytest.Mo
     parts = list(found.chunks(genes(10)))
     torch.testing.assert_close(torch.cat([logits for logits, _ in parts]), found.logits[:10])
     assert torch.equal(torch.cat([truth for _, truth in parts]), genes(10))
+
+
+def test_a_gene_that_is_all_but_impossible_has_a_loss_and_a_gradient() -> None:
+    weight = torch.tensor([[200.0], [0.0], [-200.0]])
+    states, genes = torch.ones(2, 1, requires_grad=True), torch.tensor([2, 0])
+    loss = linear_cross_entropy(states, weight, torch.zeros(3), genes, ignored=-1)
+    assert loss.item() == pytest.approx(400.0)
+    loss.backward()
+    torch.testing.assert_close(states.grad, torch.tensor([[400.0], [0.0]]))

@@ -120,7 +120,7 @@ def _total_and_gradients(
     some_logits = states.new_empty(n_rows, len(weight))
     some_of_weight = torch.empty_like(weight)
     few = len(some_logits) if some_logits.is_cuda or torch.compiler.is_compiling() else ROWS_IN_FLOAT32
-    some_log_p = states.new_empty(min(few, n_rows), len(weight), dtype=torch.float32)
+    some_in_float32 = states.new_empty(min(few, n_rows), len(weight), dtype=torch.float32)
     counted = (genes != ignored).to(states.dtype)
     right = torch.where(genes != ignored, genes, 0)
     for rows in chunks:
@@ -130,7 +130,7 @@ def _total_and_gradients(
         for part in _slices(len(logits), few):
             some_right = right[rows][part]
             log_p_of_right[rows][part] = _to_gradient(
-                logits[part], some_right, some_log_p, soft_cap, gradients
+                logits[part], some_right, some_in_float32, soft_cap, gradients
             )
         if not gradients:
             continue
@@ -147,19 +147,30 @@ def _to_gradient(
 ) -> torch.Tensor:
     """log p(gene) of `right` (n), float32; turns `logits` (n, n_tokens) into the gradient of its negative sum.
 
-    `room` is float32, of at least as many rows: conversions of its own would make `log_softmax` fetch memory anew.
+    `room` is float32, of at least as many rows: a softmax with a conversion would fetch memory anew.
     """
-    each, log_p = torch.arange(len(logits), device=logits.device), room[: len(logits)]
+    each, room = torch.arange(len(logits), device=logits.device), room[: len(logits)]
     slope = None
     if soft_cap is not None:
         squashed = torch.tanh(logits / soft_cap)
         slope = 1 - squashed.square()
         torch.mul(squashed, soft_cap, out=logits)
-    log_p.copy_(logits)
-    torch.log_softmax(log_p, 1, out=log_p)
-    chosen = log_p[each, right]
+    room.copy_(logits)
+    if room.is_cuda or torch.compiler.is_compiling():
+        torch.log_softmax(room, 1, out=room)
+        chosen = room[each, right]
+        if gradients:
+            torch.exp(room, out=logits)
+    else:
+        largest = room.amax(1)
+        torch.softmax(room, 1, out=room)  # one exponential less than by log_softmax
+        log_sum = (
+            largest - room.amax(1).log()
+        )  # of the largest, as float32 may have no number for the right one
+        chosen = logits[each, right].float() - log_sum
+        if gradients:
+            logits.copy_(room)
     if gradients:
-        torch.exp(log_p, out=logits)
         logits[each, right] -= 1
         if slope is not None:
             logits *= slope

@@ -22,7 +22,8 @@ from scmodelforge.models.attention import attend
 from scmodelforge.models.attention_gpu import with_blocks
 from scmodelforge.models.sequences import Sequences
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+# ReLU in place: no gradient needs what goes in.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": torch.relu_}
 INITIALIZER_RANGE = 0.02  # Devlin et al. 2019; Theodoris et al. 2023
 
 
@@ -77,7 +78,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(total, width) → the same."""
-        in_one = self.activation is F.relu and not torch.is_grad_enabled() and type(self.fc1) is nn.Linear
+        in_one = (
+            self.activation is torch.relu_ and not torch.is_grad_enabled() and type(self.fc1) is nn.Linear
+        )
         if in_one and x.is_cuda and self.fc1.bias is not None and torch.is_autocast_enabled("cuda"):
             half = torch.get_autocast_dtype("cuda")
             return self.fc2(linear_relu(*(t.to(half) for t in (x, self.fc1.weight, self.fc1.bias))))
