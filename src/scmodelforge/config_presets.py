@@ -44,7 +44,7 @@ def _geneformer(layout: str, max_genes: int, width: int, layers: int, heads: int
             "vocab_layout": layout,
             "prepend_cls": v2,
             "append_eos": v2,
-            "masking": {"reference": True},
+            "masking": {"mask_ratio": 0.15, "reference": True},
         },
         "model": {
             "architecture": "transformer_encoder",
