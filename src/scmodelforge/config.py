@@ -203,7 +203,10 @@ class Masking(Section):
     """BERT masking (Devlin et al. 2019): what is hidden, and what stands in its place."""
 
     mask_ratio: float = Field(
-        0.3, gt=0, lt=1, description="Share of a cell's gene tokens that are asked; 0.15 in Geneformer's presets."
+        0.3,
+        gt=0,
+        lt=1,
+        description="Share of a cell's gene tokens that are asked; 0.15 in Geneformer's presets.",
     )
     mask_token_share: float = Field(0.8, ge=0, le=1, description="Share of the asked replaced by <mask>.")
     random_share: float = Field(0.1, ge=0, le=1, description="Share of the asked replaced by a random gene.")

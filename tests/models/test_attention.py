@@ -248,4 +248,4 @@ def test_every_signature_of_torch_is_met() -> None:
 @pytest.mark.parametrize(("causal", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_the_operator_keeps_torch_s_rules(causal: bool, dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in heads())
-    torch.library.opcheck(attention_cpu.attend_each, (q, k, v, ENDS, causal, 0.5))
+    torch.library.opcheck(attention_cpu.attend_each, (q, k, v, ENDS, ENDS, causal, 0.5))

@@ -229,7 +229,7 @@ def test_options_train(model: dict[str, Any]) -> None:
     batch = corrupt(some_counts(30), config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(30):
         optimizer.zero_grad()
         output = task(net, batch)
         output.loss.backward()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from scmodelforge.models.attention_cpu import attend_each
 from scmodelforge.models.attention_gpu import CHANNELS, flexible, has_kernel, variable_length
-from scmodelforge.models.sequences import Sequences, pieces
+from scmodelforge.models.sequences import Queries, Sequences, pieces
 
 
 def attend(
@@ -28,12 +28,16 @@ def attend(
     sequences: Sequences,
     soft_cap: float | None = None,
     dropout: float = 0.0,
+    queries: Queries | None = None,
 ) -> torch.Tensor:
     """Softmax attention within sequences, (total, heads, head width) → the same.
 
-    Scores are q·k / √(head width) + bias, squashed to soft_cap · tanh(score / soft_cap) where there is a cap.
+    Scores are q·k / √(head width) + bias, squashed to soft_cap · tanh(score / soft_cap) where there is a cap. With
+    `queries`, where `may_leave_out` allows them, q and the result are (m, heads, head width), theirs alone.
     """
     scale = 1 / math.sqrt(q.shape[-1])
+    if queries is not None:
+        return attend_each(q, k, v, queries.cu_seqlens, sequences.cu_seqlens, False, scale)[0]
     if dropout == 0 and soft_cap is None and sequences.plain:
         if sequences.key_bias is None:
             return _fastest(q, k, v, sequences, scale)
@@ -42,6 +46,16 @@ def attend(
     if dropout == 0 and q.is_cuda:
         return flexible(q, k, v, sequences, soft_cap, scale)
     return attend_by_formula(q, k, v, sequences, soft_cap, dropout)
+
+
+def may_leave_out(x: torch.Tensor, sequences: Sequences, soft_cap: float | None, dropout: float) -> bool:
+    """Whether `attend` can serve some queries alone: on a CPU, not compiled, where scores are what they are.
+
+    On a GPU sizes would change from step to step, and the kernels know one packing.
+    """
+    changed = soft_cap is not None or sequences.key_bias is not None or sequences.read_by_all is not None
+    elsewhere = x.is_cuda or torch.compiler.is_compiling()
+    return not (changed or elsewhere or sequences.causal or dropout)
 
 
 def bias_in_channels(
@@ -71,7 +85,8 @@ def _fastest(
         return variable_length(q, k, v, sequences, scale)
     if q.is_cuda:
         return attend_by_formula(q, k, v, sequences, scale=scale)
-    return attend_each(q, k, v, sequences.cu_seqlens, sequences.causal, scale)[0]
+    starts = sequences.cu_seqlens
+    return attend_each(q, k, v, starts, starts, sequences.causal, scale)[0]
 
 
 @torch.compiler.disable
@@ -87,7 +102,7 @@ def attend_by_formula(
     """As `attend`, one sequence after the other: by torch's attention, or written out where scores are capped."""
     scale = scale or 1 / math.sqrt(q.shape[-1])
     parts, end = [], 0
-    for piece in pieces(sequences.cu_seqlens):
+    for (piece,) in pieces(sequences.cu_seqlens):
         of_q, of_k, of_v = (x[piece].transpose(0, 1)[None] for x in (q, k, v))
         bias, allowed = _bias(sequences, piece), _allowed(sequences, piece)
         if soft_cap is not None:
@@ -177,7 +192,7 @@ def attention_weights(
     Rows read, columns are read; a row adds up to 1. One head of one sequence is in memory at a time.
     """
     scale = 1 / math.sqrt(q.shape[-1])
-    for piece in pieces(sequences.cu_seqlens):
+    for (piece,) in pieces(sequences.cu_seqlens):
         bias, allowed = _bias(sequences, piece), _allowed(sequences, piece)
         of_heads = (_weights(q[piece, h], k[piece, h], bias, allowed, soft_cap, scale).float() for h in heads)
         yield piece, functools.reduce(torch.add, of_heads) / len(heads)

@@ -20,12 +20,21 @@ def _log_sums(q: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("scmodelforge::attend_each", mutates_args=())
 def attend_each(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_queries: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (total, heads, width) on the CPU, and float32 or 64 (total, heads): log of the sum of exp(score)."""
+    """Attention of queries (m, heads, width) on the CPU, and log Σ exp(score), float32 or 64 (m, heads).
+
+    Keys and values are (total, heads, width); `cu_queries` and `cu_seqlens` say where sequences begin in m and total.
+    """
     out, sums = torch.empty_like(q), _log_sums(q)
-    for piece in pieces(cu_seqlens):
-        parts = [x[piece].transpose(0, 1)[None] for x in (q, k, v)]
+    for piece, read in pieces(cu_queries, cu_seqlens):
+        parts = [x[part].transpose(0, 1)[None] for x, part in ((q, piece), (k, read), (v, read))]
         mixed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *parts, 0.0, causal, scale=scale
         )
@@ -42,25 +51,33 @@ def _attend_each_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     sums: torch.Tensor,
+    cu_queries: torch.Tensor,
     cu_seqlens: torch.Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    results = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # without queries keys have none
     by_products = q.dtype == torch.bfloat16
     factors = _factors(gradient, q, k, v, out, sums, scale) if by_products else ()
-    for piece in pieces(cu_seqlens):
-        parts = [x[piece].transpose(0, 1) for x in (gradient, q, k, v, out)]
-        if by_products and q.shape[1] * (piece.stop - piece.start) ** 2 <= MOST_SCORES:
-            wide = [x[piece].transpose(0, 1) for x in factors]
-            gradients = _gradients(parts[:3], wide, causal, scale)
+    for piece, read in pieces(cu_queries, cu_seqlens):
+        n_scores = q.shape[1] * (piece.stop - piece.start) * (read.stop - read.start)
+        if by_products and n_scores <= MOST_SCORES:
+            wide = [_heads_first(*pair) for pair in zip(factors, (piece, read, piece, read), strict=True)]
+            parts = [_heads_first(gradient, piece), _heads_first(q, piece), _heads_first(k, read)]
+            gradients = _gradients(parts, wide, causal, scale)
         else:
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            given = ((gradient, piece), (q, piece), (k, read), (v, read), (out, piece))
+            parts = [_heads_first(*pair) for pair in given]
             whole = kernel(*(x[None] for x in parts), sums[piece].T[None], 0.0, causal, scale=scale)
             gradients = tuple(x[0] for x in whole)
-        for result, part in zip(results, gradients, strict=True):
-            result[piece] = part.transpose(0, 1)
+        for result, place, part in zip(results, (piece, read, read), gradients, strict=True):
+            result[place] = part.transpose(0, 1)
     return results
+
+
+def _heads_first(x: torch.Tensor, part: slice) -> torch.Tensor:
+    return x[part].transpose(0, 1)
 
 
 def _factors(
@@ -72,11 +89,11 @@ def _factors(
     sums: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """Four tensors (total, heads, width + 2), whose products are log weights, and gradients of weights less their mean.
+    """Four tensors (m or total, heads, width + 2): products are log weights, and gradients of weights less their mean.
 
     What is to be subtracted rides in channels of its own, as in `bias_in_channels`.
     """
-    ones = q.new_ones(*q.shape[:2], 2)
+    ones = k.new_ones(*k.shape[:2], 2)
     mean = (gradient.float() * out.float()).sum(-1)
 
     def less(x: torch.Tensor, subtracted: torch.Tensor) -> torch.Tensor:
@@ -107,9 +124,7 @@ def _gradients(
 
 
 @attend_each.register_fake
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), _log_sums(q)
 
 
@@ -121,16 +136,14 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_queries, cu_seqlens, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_queries, cu_seqlens)
 
 
 def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, out, sums, cu_seqlens = ctx.saved_tensors
-    gradients = _attend_each_backward(
-        gradient.contiguous(), q, k, v, out, sums, cu_seqlens, ctx.causal, ctx.scale
-    )
-    return (*gradients, None, None, None)
+    q, k, v, out, sums, *ends = ctx.saved_tensors
+    gradients = _attend_each_backward(gradient.contiguous(), q, k, v, out, sums, *ends, ctx.causal, ctx.scale)
+    return (*gradients, None, None, None, None)
 
 
 attend_each.register_autograd(_backward, setup_context=_keep)

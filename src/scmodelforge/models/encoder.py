@@ -42,6 +42,12 @@ class TransformerEncoder(CellTransformer):
         self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
 
+    def forward(self, tokens: TokenBatch | PackedTokens, read: torch.Tensor | None = None) -> torch.Tensor:
+        """As in `CellTransformer`; packed, states may be zero but at `read`, flat places (int64 m, ascending)."""
+        if read is None or isinstance(tokens, TokenBatch):
+            return super().forward(tokens)
+        return self.transformer(self.inputs(tokens), self.sequences(tokens), read=read)
+
     def genes_at(self, hidden: torch.Tensor, places: torch.Tensor) -> GenePrediction:
         """What the head says at flat places (m) of hidden states, packed or padded."""
         assert self.head is not None

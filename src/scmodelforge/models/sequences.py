@@ -1,10 +1,11 @@
-"""`Sequences`: which tokens of a packed batch read which."""
+"""Which tokens of a packed batch read which (`Sequences`), and which of them are read at the end (`Queries`)."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -46,7 +47,29 @@ class Sequences:
         return self.read_by_all is None and (self.key_bias is None or self.biases_itself)
 
 
-def pieces(cu_seqlens: torch.Tensor) -> Iterator[slice]:
-    """The sequences that are not empty."""
-    starts = cu_seqlens.tolist()
-    return (slice(a, b) for a, b in itertools.pairwise(starts) if b > a)
+@dataclass(frozen=True)
+class Queries:
+    """The tokens whose states alone are read after the last block: the others need not be computed there.
+
+    Attributes
+    ----------
+    places
+        int64 (m): flat places of the tokens, ascending.
+    cu_seqlens
+        int32 (n_sequences + 1): which of them lie in which sequence.
+    """
+
+    places: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @classmethod
+    def at(cls, places: torch.Tensor, sequences: Sequences) -> Self:
+        """Queries at `places`, ascending."""
+        return cls(places, torch.searchsorted(places, sequences.cu_seqlens, out_int32=True))
+
+
+def pieces(*cu_seqlens: torch.Tensor) -> Iterator[tuple[slice, ...]]:
+    """The place of each sequence in each packing; none of those that are empty in the first."""
+    starts = [ends.tolist() for ends in cu_seqlens]
+    bounds = zip(*(itertools.pairwise(of_one) for of_one in starts), strict=True)
+    return (tuple(slice(*bound) for bound in of_all) for of_all in bounds if of_all[0][1] > of_all[0][0])

@@ -9,8 +9,9 @@ What is special about it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scmodelforge.config import ModelConfig
-from scmodelforge.models.attention import attend
+from scmodelforge.models.attention import attend, may_leave_out
 from scmodelforge.models.attention_gpu import with_blocks
-from scmodelforge.models.sequences import Sequences
+from scmodelforge.models.sequences import Queries, Sequences
 
 # ReLU in place: no gradient needs what goes in.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": torch.relu_}
@@ -45,26 +46,40 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head, eps=eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        projected: torch.Tensor | None = None,
+        queries: Queries | None = None,
     ) -> torch.Tensor:
-        """(total, width) → the same; see `Transformer` for `projected`."""
-        q, k, v = self.queries_keys_values(x)
+        """(total, width) → the same, or (m, width) of `queries`; see `Transformer` for `projected`."""
+        q, k, v = self.queries_keys_values(x, queries)
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, sequences, self.soft_cap, dropout).flatten(1)
+        mixed = attend(q, k, v, sequences, self.soft_cap, dropout, queries).flatten(1)
         return self.out(mixed) if projected is None else torch.where(projected, self.out(mixed), mixed)
 
-    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(total, width) → three of (total, heads, head width)."""
-        layers = (self.q, self.k, self.v)
-        if all(
-            type(layer) is nn.Linear for layer in layers
-        ):  # one product reads x once; an adapter is a layer itself
-            weight = torch.cat([layer.weight for layer in layers])
-            bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
-            q, k, v = F.linear(x, weight, bias).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+    def queries_keys_values(
+        self, x: torch.Tensor, queries: Queries | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(total, width) → three of (total, heads, head width); the first (m, …) where there are `queries`."""
+        if queries is None:
+            q, k, v = self._heads(x, self.q, self.k, self.v)
         else:
-            q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in layers)
+            (q,), (k, v) = self._heads(_read(x, queries), self.q), self._heads(x, self.k, self.v)
         return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype), v  # norms give float32 under autocast
+
+    def _heads(self, x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
+        """What each layer makes of x, (…, heads, head width)."""
+        linear = [layer for layer in layers if type(layer) is nn.Linear]
+        if len(linear) < len(layers):  # an adapter is a layer itself
+            return [layer(x).unflatten(1, (self.num_heads, -1)) for layer in layers]
+        weight = torch.cat([layer.weight for layer in linear])  # one product reads x once
+        bias = None if linear[0].bias is None else torch.cat([layer.bias for layer in linear])
+        return F.linear(x, weight, bias).unflatten(1, (len(linear), self.num_heads, -1)).unbind(1)
+
+
+def _read(x: torch.Tensor, queries: Queries | None) -> torch.Tensor:
+    return x if queries is None else x.index_select(0, queries.places)
 
 
 class FeedForward(nn.Module):
@@ -116,19 +131,23 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        projected: torch.Tensor | None = None,
+        queries: Queries | None = None,
     ) -> torch.Tensor:
-        """(total, width) → the same."""
-        if self.norm == "pre":
-            x = x + self.dropout(self.attention(self.attention_norm(x), sequences, projected))
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        if self.norm == "normed_residual":
-            x = self._normed(self.attention_norm, x)
-            x = self._normed(
-                self.feed_forward_norm, x + self.dropout(self.attention(x, sequences, projected))
-            )
+        """(total, width) → the same, or (m, width) of `queries`."""
+        if self.norm != "post":
+            normed = self._normed(self.attention_norm, x)
+            attended = self.dropout(self.attention(normed, sequences, projected, queries))
+            if self.norm == "pre":
+                x = _read(x, queries) + attended
+                return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            x = self._normed(self.feed_forward_norm, _read(normed, queries) + attended)
             return x + self.dropout(self.feed_forward(x))
-        x = self._normed(self.attention_norm, x + self.dropout(self.attention(x, sequences, projected)))
+        attended = self.dropout(self.attention(x, sequences, projected, queries))
+        x = self._normed(self.attention_norm, _read(x, queries) + attended)
         return self._normed(self.feed_forward_norm, x + self.dropout(self.feed_forward(x)))
 
     def _normed(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -159,12 +178,16 @@ class Transformer(nn.Module):
         self.final_norm = (
             nn.LayerNorm(config.hidden_dim, eps=config.layer_norm_eps) if final_norm else nn.Identity()
         )
-        self.soft_cap = config.soft_cap
+        self.soft_cap, self.attention_dropout = config.soft_cap, config.attention_dropout
         self.recomputes = False
         self.rounds_residuals = False
 
     def states(
-        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        projected: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the input, then the output of each block: `num_layers + 1` tensors (total, width).
 
@@ -176,23 +199,38 @@ class Transformer(nn.Module):
             Which of them read which.
         projected
             bool (total, 1): which of them pass attention's out projection; None: all (see `generative.py`).
+        read
+            int64 (m), ascending: of the last tensor, nobody reads but these places; the others may be zero. None: all.
         """
         if self.rounds_residuals:
             x = x.bfloat16()
         yield x
         sequences = with_blocks(sequences, x, self.soft_cap)
-        for number, block in enumerate(self.blocks, 1):
-            if self.recomputes and torch.is_grad_enabled():
-                x = checkpoint(block, x, sequences, projected, use_reentrant=False)
-            else:
-                x = block(x, sequences, projected)
-            yield self.final_norm(x) if number == len(self.blocks) else x
+        *earlier, last = self.blocks
+        for block in earlier:
+            x = self._through(block, x, sequences, projected)
+            yield x
+        dropout = self.attention_dropout if self.training else 0.0
+        if read is None or projected is not None or not may_leave_out(x, sequences, self.soft_cap, dropout):
+            yield self.final_norm(self._through(last, x, sequences, projected))
+            return
+        some = self.final_norm(self._through(last, x, sequences, None, Queries.at(read, sequences)))
+        yield some.new_zeros(x.shape).index_copy(0, read, some)
+
+    def _through(self, block: nn.Module, x: torch.Tensor, *how: Any) -> torch.Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, x, *how, use_reentrant=False)
+        return block(x, *how)
 
     def forward(
-        self, x: torch.Tensor, sequences: Sequences, projected: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        projected: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The last of `states`."""
-        for state in self.states(x, sequences, projected):
+        for state in self.states(x, sequences, projected, read):
             x = state
         return x
 

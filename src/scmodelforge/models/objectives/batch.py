@@ -178,7 +178,7 @@ class ModelOutput:
     Attributes
     ----------
     hidden
-        float (total, width).
+        float (total, width); where a task reads only the asked positions, the others may be zero.
     genes
         What is said about the genes at the asked positions (m), or None.
     expression

@@ -130,7 +130,7 @@ class MaskedPrediction:
     def __call__(self, model: TransformerEncoder, batch: TrainingBatch | PackedBatch) -> ModelOutput:
         """Mean cross-entropy of the genes and expression loss of the values, over the asked positions."""
         batch, objective = self.pack(batch), self.config.model.objective
-        hidden = model(batch.tokens)
+        hidden = model(batch.tokens, self._read(model, batch))
         asked = batch.genes != self.vocab.pad_id
         genes = expression = None
         terms: dict[str, LossTerm] = {}
@@ -143,6 +143,12 @@ class MaskedPrediction:
             terms |= expression_terms(self.config, expression, batch.values, asked)
         terms |= model.auxiliary_terms(hidden, batch)
         return ModelOutput(hidden, genes, expression, terms)
+
+    def _read(self, model: TransformerEncoder, batch: PackedBatch) -> torch.Tensor | None:
+        """Places of hidden states that are read: the asked ones, where sizes may change from batch to batch."""
+        if torch.compiler.is_compiling() or batch.asked.is_cuda or model.auxiliary is not None:
+            return None
+        return batch.asked[: batch.n_asked]
 
     def count(self, output: ModelOutput, batch: TrainingBatch | PackedBatch) -> torch.Tensor:
         """float64: the figures named in `sums`."""
