@@ -5,11 +5,16 @@ It is one operator, so that `torch.compile` sees neither the loop nor its length
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from scmodelforge.models.sequences import pieces
+
+# Cells of different lengths need matrix products of different shapes, and oneDNN keeps 1,024 of them: small pieces of
+# memory that stay between large ones that go, and so take half a gigabyte. It reads this at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 MOST_SCORES = 2**22  # of a sequence (heads × length²) that a processor's cache holds in half precision
 
