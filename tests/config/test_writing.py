@@ -108,7 +108,7 @@ def test_the_schema_is_json_and_knows_names_and_help() -> None:
 def test_differences_are_those_that_the_user_wrote() -> None:
     asked = parse_config(
         {
-            "tokenizer": {"max_genes": 1024, "strategy": "rank_value", "masking": {"mask_ratio": 0.3}},
+            "tokenizer": {"max_genes": 1024, "strategy": "rank_value", "masking": {"mask_ratio": 0.4}},
             "model": {"ffn_dim": None, "norm": "post"},
             "training": {"optimizer": {"betas": [0.9, 0.98]}},
         }
@@ -116,7 +116,7 @@ def test_differences_are_those_that_the_user_wrote() -> None:
     model = parse_config({"tokenizer": {"append_eos": True}, "model": {"hidden_dim": 256, "ffn_dim": 64}})
     assert differences(asked, model) == [
         "tokenizer.max_genes: 1024 in the config, 2048 in the model",
-        "tokenizer.masking.mask_ratio: 0.3 in the config, 0.15 in the model",
+        "tokenizer.masking.mask_ratio: 0.4 in the config, 0.3 in the model",
         "model.ffn_dim: null in the config, 64 in the model",
         "model.norm: post in the config, pre in the model",
         "training.optimizer.betas: [0.9, 0.98] in the config, [0.9, 0.999] in the model",
