@@ -74,3 +74,16 @@ def test_the_same_step_gives_the_same_bits() -> None:
         attend(*inputs.unbind(1), sequences).square().sum().backward()
         found.append(inputs.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_s_kernel_takes_views_of_one_product(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_hopper, "takes", lambda q: False)
+    sequences, found = packed(causal), []
+    for precision, function in ((torch.bfloat16, attend), (torch.float64, attend_by_formula)):
+        inputs = projected(64, torch.bfloat16).to(precision).requires_grad_()
+        mixed = function(*inputs.unbind(1), sequences)
+        mixed.square().sum().backward()
+        found.append((mixed.detach().double(), inputs.grad.double()))
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < 2e-2 * exact.norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,3 +93,31 @@ def test_activations_may_be_computed_again(monkeypatch: pytest.MonkeyPatch) -> N
     model.transformer.recomputes = True
     for found, kept in zip(loss_and_gradients(model, task, batch), expected, strict=True):
         torch.testing.assert_close(found, kept)
+
+
+def test_an_architecture_that_replaces_the_transformer_computes_all() -> None:
+    class Other(torch.nn.Module):
+        def forward(self, x: torch.Tensor, sequences: Any) -> torch.Tensor:
+            return x
+
+    model, task, batch = made({})
+    model.transformer = Other()
+    assert torch.isfinite(task(model, batch).loss)
+
+
+def test_asked_places_may_come_in_any_order() -> None:
+    model, task, batch = made({})
+    expected = task(model, batch).loss
+    order = torch.randperm(batch.n_asked, generator=torch.Generator().manual_seed(0))
+    mixed = {name: getattr(batch, name)[order] for name in ("asked", "genes", "values", "cell")}
+    torch.testing.assert_close(task(model, replace(batch, **mixed)).loss, expected)
+
+
+def test_whoever_listens_to_a_layer_hears_it() -> None:
+    model, task, batch = made({})
+    heard: list[int] = []
+    model.transformer.blocks[0].attention.k.register_forward_hook(
+        lambda layer, given, result: heard.append(len(result))
+    )
+    task(model, batch)
+    assert heard == [len(batch.tokens.input_ids)]

@@ -186,7 +186,7 @@ def test_no_step_reads_from_the_device(tmp_path: Path) -> None:
 
 
 def test_the_progress_bar_reads_where_figures_are_logged() -> None:
-    bar, trainer = ProgressBar(), SimpleNamespace(log_every_n_steps=10, is_last_batch=False)
+    bar, trainer = ProgressBar(), SimpleNamespace(log_every_n_steps=10, is_last_batch=False, max_steps=-1)
     trainer.progress_bar_metrics, trainer.loggers = {}, []
     shown = []
     for step in (10, 13, 20):

@@ -49,7 +49,7 @@ class MeanPrediction:
         """Copy to a device."""
         return MeanPrediction(self.log_frequency.to(device), self.outputs.to(device))
 
-    def __call__(self, tokens: PackedTokens, *_: object) -> torch.Tensor:
+    def __call__(self, tokens: PackedTokens) -> torch.Tensor:
         """In the place of hidden states: which range of ranks a token is in, float32 (total, `N_RANGES`)."""
         return torch.nn.functional.one_hot(range_of(tokens.positions), N_RANGES).float()
 

@@ -75,14 +75,15 @@ def attend_on_hopper(
     out, sums = q.new_empty(q.shape), _log_sums(q)
     tile, _, _ = TILES[q.shape[-1]]
     programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile)
-    forward[programs](
-        *(q, k, v, out, sums, cu_seqlens),
-        *sizes,
-        scale / math.log(2),
-        **_constants(q, causal, tile),
-        query_block=tile.rows,
-        key_block=tile.read,
-    )
+    with torch.cuda.device(q.device):  # Triton takes the current one
+        forward[programs](
+            *(q, k, v, out, sums, cu_seqlens),
+            *sizes,
+            scale / math.log(2),
+            **_constants(q, causal, tile),
+            query_block=tile.rows,
+            key_block=tile.read,
+        )
     return out, sums
 
 
@@ -133,31 +134,32 @@ def _attend_on_hopper_backward(
     total, heads, width = q.shape
     means = torch.empty_like(sums)
     of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
-    mean_gradient[(-(-total // BLOCK), heads)](
-        out, gradient, means, total, heads=heads, width=width, block=BLOCK
-    )
-    given = (q, k, v, gradient, sums, means, cu_seqlens)
-    _, tile, tile_of_q = TILES[width]
-    programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile)
-    gradient_of_keys[programs](
-        *given,
-        *(of_k, of_v),
-        *sizes,
-        *(scale / math.log(2), scale),
-        **_constants(q, causal, tile),
-        key_block=tile.rows,
-        query_block=tile.read,
-    )
-    programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile_of_q)
-    gradient_of_queries[programs](
-        *given,
-        of_q,
-        *sizes,
-        *(scale / math.log(2), scale),
-        **_constants(q, causal, tile_of_q),
-        query_block=tile_of_q.rows,
-        key_block=tile_of_q.read,
-    )
+    with torch.cuda.device(q.device):
+        mean_gradient[(-(-total // BLOCK), heads)](
+            out, gradient, means, total, heads=heads, width=width, block=BLOCK
+        )
+        given = (q, k, v, gradient, sums, means, cu_seqlens)
+        _, tile, tile_of_q = TILES[width]
+        programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile)
+        gradient_of_keys[programs](
+            *given,
+            *(of_k, of_v),
+            *sizes,
+            *(scale / math.log(2), scale),
+            **_constants(q, causal, tile),
+            key_block=tile.rows,
+            query_block=tile.read,
+        )
+        programs, sizes = _sizes(q, k, v, cu_seqlens, longest, tile_of_q)
+        gradient_of_queries[programs](
+            *given,
+            of_q,
+            *sizes,
+            *(scale / math.log(2), scale),
+            **_constants(q, causal, tile_of_q),
+            query_block=tile_of_q.rows,
+            key_block=tile_of_q.read,
+        )
     return of_q, of_k, of_v
 
 

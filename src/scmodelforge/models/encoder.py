@@ -11,7 +11,7 @@ from scmodelforge.models.base import CellTransformer, at, cell_of
 from scmodelforge.models.gene_prediction import GenePrediction
 from scmodelforge.models.heads import ExpressionHead, build_gene_head
 from scmodelforge.models.objectives.batch import LossTerm, PackedBatch
-from scmodelforge.models.transformer import initialize
+from scmodelforge.models.transformer import Transformer, initialize
 from scmodelforge.tokenizers.batch import TokenBatch
 from scmodelforge.tokenizers.packed import PackedTokens
 
@@ -41,6 +41,12 @@ class TransformerEncoder(CellTransformer):
         )
         self.auxiliary = AuxiliaryHeads.build(config, vocab)
         self.apply(initialize)
+
+    @property
+    def leaves_out_unread(self) -> bool:
+        """Whether `forward` takes `read` and nothing else looks at hidden states; a plugin may replace parts."""
+        own = type(self).forward is TransformerEncoder.forward and type(self.transformer) is Transformer
+        return own and self.auxiliary is None
 
     def forward(self, tokens: TokenBatch | PackedTokens, read: torch.Tensor | None = None) -> torch.Tensor:
         """As in `CellTransformer`; packed, states may be zero but at `read`, flat places (int64 m, ascending)."""

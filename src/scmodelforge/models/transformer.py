@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -26,6 +26,11 @@ from scmodelforge.models.sequences import Queries, Sequences
 # ReLU in place: no gradient needs what goes in.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": torch.relu_}
 INITIALIZER_RANGE = 0.02  # Devlin et al. 2019; Theodoris et al. 2023
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is its weight and bias and no more: no adapter, and nobody listens to it."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 class Attention(nn.Module):
@@ -70,7 +75,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
         """What each layer makes of x, (…, heads, head width)."""
-        linear = [layer for layer in layers if type(layer) is nn.Linear]
+        linear = [layer for layer in layers if _is_plain(layer)]
         if len(linear) < len(layers):  # an adapter is a layer itself
             return [layer(x).unflatten(1, (self.num_heads, -1)) for layer in layers]
         weight = torch.cat([layer.weight for layer in linear])  # one product reads x once
@@ -93,9 +98,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(total, width) → the same."""
-        in_one = (
-            self.activation is torch.relu_ and not torch.is_grad_enabled() and type(self.fc1) is nn.Linear
-        )
+        in_one = self.activation is torch.relu_ and not torch.is_grad_enabled() and _is_plain(self.fc1)
         if in_one and x.is_cuda and self.fc1.bias is not None and torch.is_autocast_enabled("cuda"):
             half = torch.get_autocast_dtype("cuda")
             return self.fc2(linear_relu(*(t.to(half) for t in (x, self.fc1.weight, self.fc1.bias))))

@@ -172,7 +172,7 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Loss, cells/s and validation loss, read where figures are logged."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 or trainer.is_last_batch:
+        if step % every == 0 or trainer.is_last_batch or step == trainer.max_steps:
             shown = {"train_loss": "loss", "cells_per_second": "cells/s", "val_loss": "val_loss"}
             measured = trainer.callback_metrics
             self.figures |= {name: float(measured[key]) for key, name in shown.items() if key in measured}

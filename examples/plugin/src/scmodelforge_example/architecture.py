@@ -10,8 +10,8 @@ from torch import nn
 
 from scmodelforge.config import Config, ModelConfig
 from scmodelforge.genes.vocab import GeneVocab
-from scmodelforge.models.attention import Sequences
 from scmodelforge.models.encoder import TransformerEncoder
+from scmodelforge.models.sequences import Sequences
 from scmodelforge.models.transformer import initialize
 
 

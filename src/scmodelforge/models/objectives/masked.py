@@ -130,7 +130,8 @@ class MaskedPrediction:
     def __call__(self, model: TransformerEncoder, batch: TrainingBatch | PackedBatch) -> ModelOutput:
         """Mean cross-entropy of the genes and expression loss of the values, over the asked positions."""
         batch, objective = self.pack(batch), self.config.model.objective
-        hidden = model(batch.tokens, self._read(model, batch))
+        read = self._read(model, batch)
+        hidden = model(batch.tokens) if read is None else model(batch.tokens, read)
         asked = batch.genes != self.vocab.pad_id
         genes = expression = None
         terms: dict[str, LossTerm] = {}
@@ -146,9 +147,10 @@ class MaskedPrediction:
 
     def _read(self, model: TransformerEncoder, batch: PackedBatch) -> torch.Tensor | None:
         """Places of hidden states that are read: the asked ones, where sizes may change from batch to batch."""
-        if torch.compiler.is_compiling() or batch.asked.is_cuda or model.auxiliary is not None:
-            return None
-        return batch.asked[: batch.n_asked]
+        changes = not (torch.compiler.is_compiling() or batch.asked.is_cuda)
+        if changes and getattr(model, "leaves_out_unread", False):
+            return batch.asked[: batch.n_asked].sort().values
+        return None
 
     def count(self, output: ModelOutput, batch: TrainingBatch | PackedBatch) -> torch.Tensor:
         """float64: the figures named in `sums`."""

@@ -217,7 +217,7 @@ def _config(
             "prepend_cls": with_cls,
             "append_eos": with_cls,
             "gene_medians": str(median_file),
-            "masking": {"reference": True},
+            "masking": {"mask_ratio": 0.15, "reference": True},
         },
         "model": {
             "architecture": "transformer_encoder",
