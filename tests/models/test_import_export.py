@@ -56,6 +56,7 @@ def test_a_geneformer_says_what_bert_says(tmp_path: Path, version: str, weights:
     assert set(vocab.symbols[:2]) <= {"SYM0", "SYM1", "TSPAN6", "TNMD"}
     assert vocab.species == "human"
     assert config.tokenizer.prepend_cls is config.tokenizer.append_eos is (version == "v2")
+    assert config.tokenizer.masking.mask_ratio == 0.15
     assert config.model.pooling == ("cls" if version == "v2" else "mean")
     assert not bundle.model.training
     tokens = build_tokenizer(config, vocab)(make_cells(COUNTS))
