@@ -55,6 +55,19 @@ def _read_block(
 
 
 @triton.jit
+def _work_of_this_program(cu_seqlens, blocks, heads: tl.constexpr, block: tl.constexpr):
+    """First row of its block within its sequence, head, and where that sequence begins and how long it is.
+
+    Blocks of the same head and sequence are neighbours, so that they find its keys in the cache.
+    """
+    program = tl.program_id(0)
+    sequence = program // (blocks * heads)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    return (program % blocks) * block, (program // blocks) % heads, start, length
+
+
+@triton.jit
 def forward(
     q_start,
     k_start,
@@ -77,13 +90,8 @@ def forward(
     query_block: tl.constexpr,
     key_block: tl.constexpr,
 ):
-    """Blocks of the same head and sequence are neighbours, so that they find its keys in the cache."""
-    program = tl.program_id(0)
-    first = (program % blocks) * query_block
-    head = (program // blocks) % heads
-    sequence = program // (blocks * heads)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    """Attention of the queries of one block."""
+    first, head, start, length = _work_of_this_program(cu_seqlens, blocks, heads, query_block)
     if first >= length:
         return
     row, channel = first + tl.arange(0, query_block), tl.arange(0, width)
@@ -231,12 +239,7 @@ def gradient_of_keys(
     query_block: tl.constexpr,
 ):
     """Gradients of the keys and values of one block, from all queries of their sequence."""
-    program = tl.program_id(0)
-    first = (program % blocks) * key_block
-    head = (program // blocks) % heads
-    sequence = program // (blocks * heads)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    first, head, start, length = _work_of_this_program(cu_seqlens, blocks, heads, key_block)
     if first >= length:
         return
     column, channel = first + tl.arange(0, key_block), tl.arange(0, width)
@@ -389,12 +392,7 @@ def gradient_of_queries(
     key_block: tl.constexpr,
 ):
     """Gradients of the queries of one block, from all keys of their sequence."""
-    program = tl.program_id(0)
-    first = (program % blocks) * query_block
-    head = (program // blocks) % heads
-    sequence = program // (blocks * heads)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    first, head, start, length = _work_of_this_program(cu_seqlens, blocks, heads, query_block)
     if first >= length:
         return
     row, channel = first + tl.arange(0, query_block), tl.arange(0, width)
