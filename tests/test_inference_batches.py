@@ -58,7 +58,7 @@ def watched(
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), budget=st.integers(1, 40))
-def test_a_batch_takes_as_many_cells_as_fit_the_budget(lengths: list[int], budget: int) -> None:
+def test_cells_come_in_as_few_batches_as_the_budget_allows(lengths: list[int], budget: int) -> None:
     n, longest = len(lengths), max(*lengths, 1)
     ids = torch.arange(n * longest).reshape(n, longest)
     batch = TokenBatch(
@@ -77,13 +77,29 @@ def test_a_batch_takes_as_many_cells_as_fit_the_budget(lengths: list[int], budge
         own = [max(length, 1) for length in lengths[begin : begin + part.n_cells]]
         end = begin + part.n_cells
         assert sum(own) <= budget or part.n_cells == 1
-        assert end == n or sum(own) + max(lengths[end], 1) > budget, "the next cell would have fitted"
         width = max(own) if len(parts) > 1 else longest
         assert torch.equal(part.input_ids, ids[begin:end, :width])
         assert torch.equal(part.values, part.input_ids.float())
         assert part.obs is not None
         assert part.obs[:, 0].tolist() == part.measured.of_cell.tolist() == list(range(begin, end))
         begin = end
+    assert len(parts) == fewest(lengths, budget)
+
+
+def fewest(lengths: list[int], budget: int) -> int:
+    """How many batches there are if each takes cells as long as the next one fits."""
+    n, used = 1, 0
+    for length in (max(length, 1) for length in lengths):
+        if used and used + length > budget:
+            n, used = n + 1, 0
+        used += length
+    return n
+
+
+def test_batches_of_a_budget_are_of_similar_sizes() -> None:
+    ids = torch.ones(11, 10, dtype=torch.int64)
+    batch = TokenBatch(ids, ids.float(), torch.full((11,), 10), torch.arange(11), has_padding=False)
+    assert [part.n_cells for part in within_budget(batch, 100)] == [6, 5]
 
 
 @pytest.mark.parametrize(

@@ -117,14 +117,28 @@ def compute_cells(
         compute = torch.compile(compute, dynamic=True)
     run = FittingBatches(compute, bundle.model, device, precision)
     rows = np.ascontiguousarray(rows, dtype=np.int64)  # torch takes no reversed view
-    before: tuple[torch.Tensor, int] | None = None
+    before: tuple[Fetched, int] | None = None
     for parts in batches_of(bundle, store, rows, batch_size, run.parts):
-        values = run(parts)
-        if before is not None:  # fetched only now, so that a GPU has the next batch while it is waited for
-            yield Computed(before[0].float().cpu().numpy(), before[1])
-        before = values, sum(part.n_empty for part in parts)
+        fetched = Fetched(run(parts))
+        if before is not None:  # waited for only now, when a GPU has the next batch
+            yield Computed(before[0].numpy(), before[1])
+        before = fetched, sum(part.n_empty for part in parts)
     if before is not None:
-        yield Computed(before[0].float().cpu().numpy(), before[1])
+        yield Computed(before[0].numpy(), before[1])
+
+
+class Fetched:
+    """Values on their way to the CPU; what a GPU is asked for after them is not waited for."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values.float().to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def numpy(self) -> np.ndarray:
+        """float32, when they have arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.numpy()
 
 
 Made = TypeVar("Made")
@@ -221,7 +235,7 @@ class FittingBatches:
                 rounded_residuals(self.model, self.precision == "bf16-true"),
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "32"),
             ):
-                return self.compute(part.packed.to(self.device, non_blocking=True))
+                return self.compute(part.packed.arriving(self.device))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -259,17 +273,28 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def within_budget(tokens: TokenBatch, budget: int) -> list[TokenBatch]:
-    """The cells of a batch on the CPU in batches of at most `budget` tokens; a cell with more comes alone."""
-    ends = np.cumsum(np.maximum(tokens.lengths.numpy(), 1))
-    if ends[-1] <= budget:
+    """The cells of a batch on the CPU in batches of at most `budget` tokens; a cell with more comes alone.
+
+    They are as few as there can be, and of similar sizes, as a few cells alone are computed hardly faster than many.
+    """
+    lengths = np.maximum(tokens.lengths.numpy(), 1)
+    if lengths.sum() <= budget:
         return [tokens]
-    parts, start = [], 0
-    while start < tokens.n_cells:
-        used = int(ends[start - 1]) if start else 0
-        end = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
-        parts.append(some_cells(tokens, slice(start, end)))
-        start = end
-    return parts
+    n_batches = len(_ends(lengths, budget))
+    even = -(-int(lengths.sum()) // n_batches) + int(lengths.max()) - 1  # with which they are no more
+    ends = _ends(lengths, min(budget, even))
+    return [
+        some_cells(tokens, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def _ends(lengths: np.ndarray, budget: int) -> list[int]:
+    """Where batches end that take the next cells as long as these fit."""
+    total, ends = np.cumsum(lengths), [0]
+    while ends[-1] < len(lengths):
+        used = int(total[ends[-1] - 1]) if ends[-1] else 0
+        ends.append(max(ends[-1] + 1, int(np.searchsorted(total, used + budget, side="right"))))
+    return ends[1:]
 
 
 def some_cells(tokens: TokenBatch, cells: slice | torch.Tensor) -> TokenBatch:

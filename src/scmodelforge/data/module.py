@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from lightning import LightningDataModule
 
 from scmodelforge.config import DataConfig
@@ -118,8 +119,8 @@ class CellDataModule(LightningDataModule):
         return batch.pin_memory() if on_gpu else batch
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Copy without waiting: batches lie in pinned memory where there is a GPU."""
-        return batch.to(device, non_blocking=True)
+        """Copy without waiting, and while the step before is computed, as batches lie in pinned memory."""
+        return batch.arriving(torch.device(device))
 
     def train_dataloader(self) -> BatchLoader[Any]:
         """Training batches, in the order of (seed, epoch), from where a resumed run stopped."""

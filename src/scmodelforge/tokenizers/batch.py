@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -24,12 +25,37 @@ class DeviceBatch:
         """Copy into pinned memory (torch keeps and reuses it), from which a GPU takes it while it computes."""
         return self._each(lambda part: part.pin_memory())
 
+    def arriving(self, device: torch.device) -> Self:
+        """Copy to a device; to a GPU, from pinned memory, while it computes what it was asked for before."""
+        if device.type != "cuda":
+            return self.to(device)
+        computing = torch.cuda.current_stream(device)
+        copying = _copying_stream(computing.device)
+        with torch.cuda.stream(copying):
+            copy = self.to(device, non_blocking=True)
+        computing.wait_stream(copying)
+        copy.record_stream(computing)
+        return copy
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As `Tensor.record_stream`: the memory is not used again before `stream` has done its work on it."""
+        for part in self._parts().values():
+            part.record_stream(stream)
+
     def _each(self, change: Callable[[Any], Any]) -> Self:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        changed = {
-            name: change(part) for name, part in parts.items() if isinstance(part, torch.Tensor | DeviceBatch)
-        }
+        changed = {name: change(part) for name, part in self._parts().items()}
         return replace(self, **changed)  # type: ignore[type-var]
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {
+            name: part for name, part in parts.items() if isinstance(part, torch.Tensor | DeviceBatch)
+        }
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
