@@ -283,9 +283,7 @@ def within_budget(tokens: TokenBatch, budget: int) -> list[TokenBatch]:
     n_batches = len(_ends(lengths, budget))
     even = -(-int(lengths.sum()) // n_batches) + int(lengths.max()) - 1  # with which they are no more
     ends = _ends(lengths, min(budget, even))
-    return [
-        some_cells(tokens, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
+    return [some_cells(tokens, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _ends(lengths: np.ndarray, budget: int) -> list[int]:

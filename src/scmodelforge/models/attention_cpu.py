@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
+from scmodelforge.models.attention_cpu_bf16 import (
+    MOST_SCORES,
+    attend_by_products,
+    factors_of_gradients,
+    gradients,
+    is_worth_products,
+)
 from scmodelforge.models.sequences import pieces
 
 # Cells of different lengths need matrix products of different shapes, and oneDNN keeps 1,024 of them: small pieces of
 # memory that stay between large ones that go, and so take half a gigabyte. It reads this at its first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-
-MOST_SCORES = 2**22  # of a sequence (heads × length²) that a processor's cache holds in half precision
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _log_sums(q: torch.Tensor) -> torch.Tensor:
@@ -38,13 +43,19 @@ def attend_each(
     Keys and values are (total, heads, width); `cu_queries` and `cu_seqlens` say where sequences begin in m and total.
     """
     out, sums = torch.empty_like(q), _log_sums(q)
+    by_products = []
     for piece, read in pieces(cu_queries, cu_seqlens):
+        if is_worth_products(q, piece, read, causal):
+            by_products.append((piece, read))
+            continue
         parts = [x[part].transpose(0, 1)[None] for x, part in ((q, piece), (k, read), (v, read))]
         mixed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *parts, 0.0, causal, scale=scale
         )
         out[piece] = mixed[0].transpose(0, 1)
         sums[piece] = log_sum[0].T
+    if by_products:
+        attend_by_products(q, k, v, by_products, scale, out, sums)
     return out, sums
 
 
@@ -63,69 +74,26 @@ def _attend_each_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     results = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # without queries keys have none
     by_products = q.dtype == torch.bfloat16
-    factors = _factors(gradient, q, k, v, out, sums, scale) if by_products else ()
+    factors = factors_of_gradients(gradient, q, k, v, out, sums, scale) if by_products else ()
     for piece, read in pieces(cu_queries, cu_seqlens):
         n_scores = q.shape[1] * (piece.stop - piece.start) * (read.stop - read.start)
         if by_products and n_scores <= MOST_SCORES:
             wide = [_heads_first(*pair) for pair in zip(factors, (piece, read, piece, read), strict=True)]
             parts = [_heads_first(gradient, piece), _heads_first(q, piece), _heads_first(k, read)]
-            gradients = _gradients(parts, wide, causal, scale)
+            found = gradients(parts, wide, causal, scale)
         else:
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             given = ((gradient, piece), (q, piece), (k, read), (v, read), (out, piece))
             parts = [_heads_first(*pair) for pair in given]
             whole = kernel(*(x[None] for x in parts), sums[piece].T[None], 0.0, causal, scale=scale)
-            gradients = tuple(x[0] for x in whole)
-        for result, place, part in zip(results, (piece, read, read), gradients, strict=True):
+            found = tuple(x[0] for x in whole)
+        for result, place, part in zip(results, (piece, read, read), found, strict=True):
             result[place] = part.transpose(0, 1)
     return results
 
 
 def _heads_first(x: torch.Tensor, part: slice) -> torch.Tensor:
     return x[part].transpose(0, 1)
-
-
-def _factors(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
-    """Four tensors (m or total, heads, width + 2): products are log weights, and gradients of weights less their mean.
-
-    What is to be subtracted rides in channels of its own, as in `bias_in_channels`.
-    """
-    ones = k.new_ones(*k.shape[:2], 2)
-    mean = (gradient.float() * out.float()).sum(-1)
-
-    def less(x: torch.Tensor, subtracted: torch.Tensor) -> torch.Tensor:
-        high = subtracted.to(x.dtype)
-        low = (subtracted - high.float()).to(x.dtype)
-        return torch.cat([x, -high[..., None], -low[..., None]], dim=-1)
-
-    wide_k, wide_v = (torch.cat([x, ones], dim=-1) for x in (k, v))
-    return less(q * scale, sums), wide_k, less(gradient, mean), wide_v
-
-
-def _gradients(
-    parts: list[torch.Tensor], factors: list[torch.Tensor], causal: bool, scale: float
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v of one sequence, (heads, length, width), by five matrix products in half precision.
-
-    Up to twice as fast as torch's kernel while the scores stay in the processor's cache. `parts` are the gradient of
-    the output, q and k, `factors` those of `_factors`.
-    """
-    gradient, q, k = parts
-    wide_q, wide_k, wide_gradient, wide_v = factors
-    weights = torch.bmm(wide_q, wide_k.transpose(1, 2)).exp_()
-    if causal:
-        weights.tril_()
-    of_v = torch.bmm(weights.transpose(1, 2), gradient)
-    of_scores = torch.bmm(wide_gradient, wide_v.transpose(1, 2)).mul_(weights)
-    return torch.bmm(of_scores, k) * scale, torch.bmm(of_scores.transpose(1, 2), q) * scale, of_v
 
 
 @attend_each.register_fake

@@ -48,9 +48,7 @@ class DeviceBatch:
 
     def _parts(self) -> dict[str, Any]:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {
-            name: part for name, part in parts.items() if isinstance(part, torch.Tensor | DeviceBatch)
-        }
+        return {name: part for name, part in parts.items() if isinstance(part, torch.Tensor | DeviceBatch)}
 
 
 @cache

@@ -1,0 +1,166 @@
+"""Attention by products of whole sequences gives what bfloat16 can, as torch's own kernel does."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scmodelforge.models import attention_cpu, attention_cpu_bf16
+from scmodelforge.models.attention_cpu import attend_each
+from scmodelforge.models.attention_cpu_kernel import exponentials
+
+HEADS, WIDTH, SCALE = 2, 16, 0.25
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu_bf16, "HAS_AMX", False)
+
+
+def made(lengths: list[int], spread: float = 1.5, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """q, k and v whose scores spread by some units, and whose keys have something in common."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = 3, sum(lengths), HEADS, WIDTH
+    qkv = torch.randn(shape, generator=generator) * spread + torch.randn(
+        3, 1, HEADS, WIDTH, generator=generator
+    )
+    return list(qkv.bfloat16()), torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_queries: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in float64."""
+    mixed, sums = [], []
+    for own, read in zip(
+        *(itertools.pairwise(ends.tolist()) for ends in (cu_queries, cu_seqlens)), strict=True
+    ):
+        scores = SCALE * torch.einsum("ihd,jhd->hij", q[slice(*own)].double(), k[slice(*read)].double())
+        mixed.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[slice(*read)].double()))
+        sums.append(scores.logsumexp(-1).T)
+    return torch.cat(mixed), torch.cat(sums)
+
+
+def attend(
+    qkv: list[torch.Tensor], ends: torch.Tensor, cu_queries: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attend_each(*qkv, ends if cu_queries is None else cu_queries, ends, False, SCALE)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    spread=st.floats(0.1, 2),
+    seed=st.integers(0, 1000),
+)
+def test_values_and_log_sums_are_those_of_the_formula(lengths: list[int], spread: float, seed: int) -> None:
+    qkv, ends = made(lengths, spread, seed)
+    mixed, sums = attend(qkv, ends)
+    expected, expected_sums = exact(*qkv, ends, ends)
+    assert error(mixed, expected) < 0.012
+    assert (sums - expected_sums).abs().max() < 0.03
+
+
+def test_the_error_is_near_that_of_torch_s_kernel_and_not_that_of_rounded_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qkv, ends = made([900, 700])
+    expected, _ = exact(*qkv, ends, ends)
+    by_products = error(attend(qkv, ends)[0], expected)
+    scores = SCALE * torch.einsum("ihd,jhd->hij", *(x[:900].float() for x in qkv[:2]))
+    rounded = torch.einsum("hij,jhd->ihd", scores.bfloat16().float().softmax(-1), qkv[2][:900].float())
+    monkeypatch.setattr(attention_cpu_bf16, "HAS_AMX", True)
+    by_torch = error(attend(qkv, ends)[0], expected)
+    assert by_torch < by_products < 2.5 * by_torch
+    assert by_products < error(rounded, expected[:900]) / 1.5
+
+
+def test_some_queries_alone_give_what_they_give_among_others() -> None:
+    qkv, ends = made([600, 400, 300])
+    asked = torch.arange(0, 1300, 3)
+    cu_queries = torch.searchsorted(asked, ends, out_int32=True)
+    mixed, sums = attend([qkv[0][asked], *qkv[1:]], ends, cu_queries)
+    expected, expected_sums = exact(*qkv, ends, ends)
+    assert error(mixed, expected[asked]) < 0.01
+    assert (sums - expected_sums[asked]).abs().max() < 0.03
+
+
+def test_long_sequences_come_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, ends = made([500, 300])
+    whole = attend(qkv, ends)
+    monkeypatch.setattr(attention_cpu_bf16, "SCORES_AT_ONCE", 100 * 512)
+    for part, expected in zip(attend(qkv, ends), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [30.0, 3000.0])
+def test_a_score_far_above_those_that_were_sampled_is_no_trouble(size: float) -> None:
+    qkv, ends = made([600])
+    q, k, _ = qkv
+    k[301] = size * q[17]  # not among the sampled keys
+    mixed, sums = attend(qkv, ends)
+    expected, expected_sums = exact(*qkv, ends, ends)
+    assert torch.isfinite(mixed).all()
+    assert error(mixed[17], expected[17]) < 0.01
+    assert error(sums, expected_sums) < 0.01
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    qkv, ends = made([300, 300])
+    qkv[1][5, 0, 0] = torch.nan
+    mixed, _ = attend(qkv, ends)
+    assert mixed[:300, 0].isnan().all()
+    assert mixed[:300, 1].isfinite().all()
+    assert mixed[300:].isfinite().all()
+
+
+def test_gradients_are_those_of_the_formula() -> None:
+    qkv, ends = made([400, 100], spread=0.7)
+    half, double = (
+        [x.detach().to(kind).requires_grad_() for x in qkv] for kind in (torch.bfloat16, torch.float64)
+    )
+    weights = torch.linspace(-1, 1, half[0].numel()).view_as(half[0])
+    (attend(half, ends)[0] * weights).sum().backward()
+    (exact(*double, ends, ends)[0] * weights).sum().backward()
+    for ours, theirs in zip(half, double, strict=True):
+        assert ours.grad is not None
+        assert error(ours.grad, theirs.grad) < 0.03
+
+
+def test_the_operator_keeps_torch_s_rules() -> None:
+    qkv, ends = made([300, 20])
+    qkv = [x.requires_grad_() for x in qkv]
+    torch.library.opcheck(attention_cpu.attend_each, (*qkv, ends, ends, False, SCALE))
+
+
+def test_torch_keeps_its_number_of_threads_here_and_in_threads_to_come() -> None:
+    before, seen = torch.get_num_threads(), []
+    attend(*made([300, 300]))
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *seen] == [before, before]
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 333])
+def test_exponentials_are_rounded_once(columns: int) -> None:
+    scores = (torch.randn(40, columns, generator=torch.Generator().manual_seed(columns)) * 30).bfloat16()
+    scores[3] = -1e30
+    scores[4, 0] = -1e30
+    expected = (0.3 * (scores.double() - scores.double().amax(1, keepdim=True))).exp()
+    expected_largest = 0.3 * scores.double().amax(1)
+    largest, sums = (np.empty(40, dtype=np.float32) for _ in range(2))
+    exponentials(scores.view(torch.uint16).numpy(), 0.3, largest, sums)
+    torch.testing.assert_close(scores.double(), expected, rtol=2**-8, atol=1e-37)
+    np.testing.assert_allclose(largest, expected_largest, rtol=1e-6)
+    np.testing.assert_allclose(sums, expected.sum(1), rtol=1e-5)
