@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scmodelforge.models import attention_cpu, attention_cpu_bf16
 from scmodelforge.models.attention_cpu import attend_each
-from scmodelforge.models.attention_cpu_kernel import exponentials
+from scmodelforge.models.attention_cpu_kernel import softmax
 
 HEADS, WIDTH, SCALE = 2, 16, 0.25
 
@@ -60,7 +60,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @settings(deadline=None, max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
-    spread=st.floats(0.1, 2),
+    spread=st.floats(0.1, 1.5),
     seed=st.integers(0, 1000),
 )
 def test_values_and_log_sums_are_those_of_the_formula(lengths: list[int], spread: float, seed: int) -> None:
@@ -125,16 +125,16 @@ def test_what_is_not_a_number_stays_so() -> None:
 
 
 def test_gradients_are_those_of_the_formula() -> None:
-    qkv, ends = made([400, 100], spread=0.7)
+    qkv, ends = made([400, 100])
     half, double = (
         [x.detach().to(kind).requires_grad_() for x in qkv] for kind in (torch.bfloat16, torch.float64)
     )
-    weights = torch.linspace(-1, 1, half[0].numel()).view_as(half[0])
+    weights = torch.randn(half[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     (attend(half, ends)[0] * weights).sum().backward()
     (exact(*double, ends, ends)[0] * weights).sum().backward()
     for ours, theirs in zip(half, double, strict=True):
         assert ours.grad is not None
-        assert error(ours.grad, theirs.grad) < 0.03
+        assert error(ours.grad, theirs.grad) < 0.02
 
 
 def test_the_operator_keeps_torch_s_rules() -> None:
@@ -153,14 +153,13 @@ def test_torch_keeps_its_number_of_threads_here_and_in_threads_to_come() -> None
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 333])
-def test_exponentials_are_rounded_once(columns: int) -> None:
+def test_the_softmax_is_rounded_once(columns: int) -> None:
     scores = (torch.randn(40, columns, generator=torch.Generator().manual_seed(columns)) * 30).bfloat16()
     scores[3] = -1e30
     scores[4, 0] = -1e30
-    expected = (0.3 * (scores.double() - scores.double().amax(1, keepdim=True))).exp()
-    expected_largest = 0.3 * scores.double().amax(1)
-    largest, sums = (np.empty(40, dtype=np.float32) for _ in range(2))
-    exponentials(scores.view(torch.uint16).numpy(), 0.3, largest, sums)
-    torch.testing.assert_close(scores.double(), expected, rtol=2**-8, atol=1e-37)
-    np.testing.assert_allclose(largest, expected_largest, rtol=1e-6)
-    np.testing.assert_allclose(sums, expected.sum(1), rtol=1e-5)
+    scores[5, columns // 2] = 1e30
+    exact = 0.3 * scores.double()
+    log_sums = np.empty(40, dtype=np.float32)
+    softmax(scores.view(torch.uint16).numpy(), 0.3, log_sums)
+    torch.testing.assert_close(scores.double(), exact.softmax(1), rtol=2**-8, atol=1e-37)
+    np.testing.assert_allclose(log_sums, exact.logsumexp(1), rtol=1e-6, atol=1e-5)

@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from scmodelforge.models.attention_cpu_kernel import exponentials
+from scmodelforge.models.attention_cpu_kernel import softmax
 
 # Torch's kernel uses AMX where a processor has it, and products of whole sequences were not measured against that.
 HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
@@ -84,16 +84,11 @@ def _attend(
     for first in range(0, n_queries, block):
         part = slice(first, min(first + block, n_queries))
         scores = torch.bmm(wide_q[:, first : first + block], wide_k.transpose(1, 2))
-        largest, total = (torch.empty(scores.shape[:2]) for _ in range(2))
-        exponentials(
-            scores.flatten(0, 1).view(torch.uint16).numpy(),
-            scale,
-            largest.flatten().numpy(),
-            total.flatten().numpy(),
-        )
+        log_sums = torch.empty(scores.shape[:2])
+        softmax(scores.flatten(0, 1).view(torch.uint16).numpy(), scale, log_sums.flatten().numpy())
         n = part.stop - first
-        out[:, part] = (torch.bmm(scores, filled_v) / total[..., None])[:, :n]
-        sums[:, part] = (largest + total.log())[:, :n] + near[:, part] * scale
+        out[:, part] = torch.bmm(scores, filled_v)[:, :n]
+        sums[:, part] = log_sums[:, :n] + near[:, part] * scale
 
 
 def _rounded(length: int) -> int:

@@ -1,4 +1,4 @@
-"""The kernel of `attention_cpu_bf16.py`: exponentials of scores in bfloat16, compiled by numba without the GIL."""
+"""The kernel of `attention_cpu_bf16.py`: the softmax of scores in bfloat16, compiled by numba without the GIL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 
 LOWEST = np.float32(-126)  # exponent of the smallest normal number
 LOG2_E = np.float32(1.4426950408889634)
-LOG_2 = np.float32(0.6931471805599453)
+UNIT = np.float32(1)
 HALF = np.float32(0.5)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 SIGN, MANTISSA, LOWER = np.int32(31), np.uint32(23), np.uint32(16)  # bits
@@ -19,41 +19,47 @@ C1, C2, C3, C4, C5 = (
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def exponentials(scores: np.ndarray, scale: float, largest: np.ndarray, sums: np.ndarray) -> None:
-    """Replace scores by exp(scale · (score - the largest of the row)).
+def softmax(scores: np.ndarray, scale: float, log_sums: np.ndarray) -> None:
+    """Replace scores by their softmax, row by row.
 
-    Loops are written such that the compiler makes vectors of them: maxima are of integers that are ordered as the
-    floats whose bits they have.
+    Loops are written such that the compiler makes vectors of them: the largest score is found among integers that are
+    ordered as the floats whose bits they have.
 
     Parameters
     ----------
     scores
         uint16 (rows, columns): the bits of bfloat16.
-    largest
-        float32 (rows), filled: the largest score times `scale`.
-    sums
-        float32 (rows), filled: of the exponentials, before they are rounded.
+    scale
+        What scores are multiplied with.
+    log_sums
+        float32 (rows), filled: log Σ exp(scale · score).
     """
     n_columns = scores.shape[1]
     factor = np.float32(scale) * LOG2_E
+    weights = np.empty(n_columns, dtype=np.float32)
     for i in range(scores.shape[0]):
         row = scores[i]
         top = np.int32(-MAGNITUDE)
         for j in range(n_columns):
             bits = np.uint32(np.uint32(row[j]) << LOWER).view(np.int32)
             top = max(top, np.int32(bits ^ ((bits >> SIGN) & MAGNITUDE)))
-        of_top = factor * np.int32(top ^ ((top >> SIGN) & MAGNITUDE)).view(np.float32)
+        largest = np.int32(top ^ ((top >> SIGN) & MAGNITUDE)).view(np.float32)
         total = np.float32(0)
         for j in range(n_columns):
-            x = np.uint32(np.uint32(row[j]) << LOWER).view(np.float32) * factor - of_top
+            x = (np.uint32(np.uint32(row[j]) << LOWER).view(np.float32) - largest) * factor
             x = max(x, LOWEST)
             whole = np.int32(x - HALF)  # the nearest: x is not above zero, and this cuts off
             x -= np.float32(whole)
-            power = np.float32(1) + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * C5))))
-            found = np.uint32(np.float32(power).view(np.uint32) + (np.uint32(whole) << MANTISSA))
-            total += found.view(np.float32)
+            power = UNIT + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * C5))))
+            found = np.uint32(np.float32(power).view(np.uint32) + (np.uint32(whole) << MANTISSA)).view(
+                np.float32
+            )
+            weights[j] = found
+            total += found
+        share = UNIT / total
+        for j in range(n_columns):
+            rounded = np.float32(weights[j] * share).view(np.uint32)
             row[j] = np.uint16(
-                (found + BELOW_HALF + ((found >> LOWER) & ONE)) >> LOWER
+                (rounded + BELOW_HALF + ((rounded >> LOWER) & ONE)) >> LOWER
             )  # to the nearest, or even
-        largest[i] = of_top * LOG_2
-        sums[i] = total
+        log_sums[i] = np.float32(scale) * largest + np.float32(np.log(total))
