@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+from scmodelforge import inference_batches
 from scmodelforge.config import Config
 from scmodelforge.inference import embed_store, open_for
 from scmodelforge.models.base import CellTransformer
@@ -23,7 +24,7 @@ from scmodelforge.strategies import TABLE, Combination
 from scmodelforge.tokenizers.base import build_tokenizer
 from scmodelforge.training.module import loss_terms
 from scmodelforge.training.run import train
-from tests.helpers import make_cells, make_vocab, marker_cells, tiny_config
+from tests.helpers import make_cells, make_vocab, marker_cells, tiny_config, untrained_annotator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none")
 
@@ -93,7 +94,7 @@ def test_a_step_never_waits_for_the_gpu(row: Combination) -> None:
     batch = batch.pin_memory()
 
     def step() -> None:
-        there = batch.to(torch.device("cuda"), non_blocking=True)
+        there = batch.arriving(torch.device("cuda"))
         with torch.autocast("cuda", torch.bfloat16):
             terms = loss_terms(task, model, there)
             loss = torch.stack([term.weight * term.mean for term in terms.values()]).sum()
@@ -141,3 +142,20 @@ def test_a_run_on_a_gpu_learns_and_reports(tmp_path: Path, compiled: bool) -> No
     )
     np.testing.assert_allclose(in_float, on_cpu, atol=1e-4)
     np.testing.assert_allclose(in_half, on_cpu, atol=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+def test_cells_are_embedded_by_a_model_that_is_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    model = {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "activation": "relu"}
+    bundle = untrained_annotator(model=model)
+    store = open_for(bundle, marker_cells(50, seed=7))
+    expected = embed_store(bundle, store, 7, precision=precision)
+    monkeypatch.setattr(inference_batches, "COMPILED_FROM", 0)
+    torch.compiler.reset()
+    embed_store(bundle, store, 7, rows=np.arange(14), precision=precision)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch_size in (4, 7, 9):
+            found = embed_store(bundle, store, batch_size, precision=precision)
+            np.testing.assert_allclose(found, expected, atol=0.05)

@@ -67,3 +67,13 @@ def test_a_layer_and_its_relu_in_one_are_the_two() -> None:
     expected = torch.relu(torch.nn.functional.linear(x, weight, bias))
     torch.testing.assert_close(linear_relu(x, weight, bias), expected)
     torch.library.opcheck(linear_relu, (x, weight, bias))
+
+
+def test_a_layer_and_its_relu_are_compiled_once_for_all_sizes() -> None:
+    weight, bias = torch.randn(6, 8), torch.randn(6)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: linear_relu(x, weight, bias) + 1, dynamic=True, backend="eager")
+    compiled(torch.randn(5, 8))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (7, 16, 1000):
+            assert compiled(torch.randn(n, 8)).shape == (n, 6)
