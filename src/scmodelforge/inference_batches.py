@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))
 BUDGET = {"cuda": 65_536, "large cuda": 262_144, "cpu": 16_384}  # tokens of a batch
 LARGE = 40 * 2**30  # bytes of a GPU, of which the widest published models then take a fourth
-COMPILED_FROM = 250_000  # cells on a GPU; with fewer, compiling takes longer than it saves
+COMPILED_FROM = (
+    500_000  # cells on a GPU; with fewer, compiling takes longer than it saves (V1-10M on an H200)
+)
 PRECISIONS = ("32", "bf16", "bf16-true")
 
 
@@ -113,7 +115,7 @@ def compute_cells(
         If a cell alone does not fit into the memory.
     """
     if device.startswith("cuda") and len(rows) >= COMPILED_FROM:
-        log.info("Compiling the model, which takes some ten seconds and pays with so many cells.")
+        log.info("Compiling the model, which takes some twenty seconds and pays with so many cells.")
         compute = torch.compile(compute, dynamic=True)
     run = FittingBatches(compute, bundle.model, device, precision)
     rows = np.ascontiguousarray(rows, dtype=np.int64)  # torch takes no reversed view
