@@ -137,10 +137,11 @@ class Fetched:
         self.arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def numpy(self) -> np.ndarray:
-        """float32, when they have arrived."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.values.numpy()
+        """float32, when they have arrived; a copy, as memory that a GPU writes to is scarce."""
+        if self.arrived is None:
+            return self.values.numpy()
+        self.arrived.synchronize()
+        return self.values.numpy().copy()
 
 
 Made = TypeVar("Made")
@@ -277,7 +278,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def within_budget(tokens: TokenBatch, budget: int) -> list[TokenBatch]:
     """The cells of a batch on the CPU in batches of at most `budget` tokens; a cell with more comes alone.
 
-    They are as few as there can be, and of similar sizes, as a few cells alone are computed hardly faster than many.
+    They are as few as there can be, and of similar sizes but for a cell, as a few cells are computed hardly faster than
+    many.
     """
     lengths = np.maximum(tokens.lengths.numpy(), 1)
     if lengths.sum() <= budget:

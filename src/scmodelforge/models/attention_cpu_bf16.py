@@ -3,19 +3,20 @@
 Torch's own kernel multiplies small blocks, which are no faster in bfloat16 than in float32. Products of whole sequences
 are, but their scores are rounded to eight binary digits, and those that count are large, and so are their errors.
 Therefore a number near the largest score of a row is subtracted within the product, in a channel of its own (as the
-bias in `bias_in_channels`): it cancels in the softmax, and what is left of the scores that count is small. Backward,
-the log of the sum is subtracted, so that the product is the log weight itself.
+bias in `bias_in_channels`): it cancels in the softmax, and what is left of the scores that count is small, wherever the
+guess is good. Backward, the log of the sum is subtracted, so that the product is the log weight itself.
 """
 
 from __future__ import annotations
 
 import math
-import threading
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from scmodelforge.models.attention_cpu_kernel import softmax
 
@@ -42,10 +43,11 @@ def attend_by_products(
 
     Each thread computes a sequence by itself, or some heads of a long one.
     """
-    work = []
+    work, threads = [], torch.get_num_threads()
     for piece, read in places:
         n_queries, n_keys = (_rounded(part.stop - part.start) for part in (piece, read))
         at_once = max(SCORES_AT_ONCE // (n_queries * n_keys), 1)
+        at_once = min(at_once, math.ceil(q.shape[1] * len(places) / threads))  # so that all threads have some
         work += [(piece, read, slice(h, h + at_once)) for h in range(0, q.shape[1], at_once)]
 
     @torch.inference_mode()
@@ -53,7 +55,7 @@ def attend_by_products(
         of_q, of_k, of_v = (x[part, heads].transpose(0, 1) for x, part in ((q, piece), (k, read), (v, read)))
         _attend(of_q, of_k, of_v, scale, out[piece, heads].transpose(0, 1), sums[piece, heads].T)
 
-    for _ in _threads(torch.get_num_threads()).map(attend, *zip(*work, strict=True)):
+    for _ in _threads(threads).map(attend, *zip(*work, strict=True)):
         pass
 
 
@@ -75,20 +77,29 @@ def _attend(
     wide_q[:, :n_queries, :width] = q
     wide_k[:, :n_keys, :width] = k
     filled_v[:, :n_keys] = v
-    step = (n_keys - 1) // (SAMPLED - 1)
-    sample = wide_k[:, : (SAMPLED - 1) * step + 1 : step, :width]
-    near = torch.bmm(wide_q[:, :, :width], sample.transpose(1, 2)).amax(-1)
+    near = torch.bmm(wide_q[:, :, :width], _sample(q, k).transpose(1, 2)).amax(-1)
     wide_q[:, :, width], wide_k[:, :n_keys, width] = -near, 1
     wide_q[:, :, width + 1], wide_k[:, n_keys:, width + 1] = 1, NEVER
     block = max(SCORES_AT_ONCE // (heads * columns) // STEP, 1) * STEP
     for first in range(0, n_queries, block):
         part = slice(first, min(first + block, n_queries))
         scores = torch.bmm(wide_q[:, first : first + block], wide_k.transpose(1, 2))
-        log_sums = torch.empty(scores.shape[:2])
+        log_sums = torch.empty(scores.shape[:2], dtype=torch.float32)
         softmax(scores.flatten(0, 1).view(torch.uint16).numpy(), scale, log_sums.flatten().numpy())
         n = part.stop - first
         out[:, part] = torch.bmm(scores, filled_v)[:, :n]
-        sums[:, part] = log_sums[:, :n] + near[:, part] * scale
+        sums[:, part] = log_sums[:, :n] + near[:, part].float() * scale
+
+
+def _sample(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Keys (heads, at most SAMPLED, width), one of them nearly the best for each query: what all read, and others."""
+    n_keys = k.shape[1]
+    if n_keys <= SAMPLED:
+        return k
+    read_most = (k * q.mean(1, keepdim=True)).sum(-1).topk(SAMPLED // 2).indices
+    evenly = torch.arange(SAMPLED // 2) * n_keys // (SAMPLED // 2)
+    places = torch.cat([read_most, evenly.expand(len(k), -1)], dim=1)
+    return k.gather(1, places[..., None].expand(-1, -1, k.shape[2]))
 
 
 def _rounded(length: int) -> int:
@@ -98,17 +109,18 @@ def _rounded(length: int) -> int:
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
     """`n` threads, in each of which torch computes with one thread alone."""
-    all_are_there = threading.Barrier(n)
 
     def alone() -> None:
-        torch.set_num_threads(1)
-        all_are_there.wait()
+        torch.get_num_threads()  # torch asks for its number when a thread first needs it, and not again
+        threadpool_limits(
+            1, user_api="openmp"
+        )  # of this thread; torch.set_num_threads would be for others, too
 
-    pool = ThreadPoolExecutor(n, thread_name_prefix="attention", initializer=alone)
-    for _ in pool.map(int, range(n)):
-        pass
-    torch.set_num_threads(n)  # which is also for threads that are started from here on
-    return pool
+    return ThreadPoolExecutor(n, thread_name_prefix="attention", initializer=alone)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not come along
 
 
 def factors_of_gradients(
