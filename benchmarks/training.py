@@ -149,9 +149,10 @@ def embed_ours(folder: str, data: str, name: str, bf16: bool) -> dict[str, float
     store = open_for(bundle, data)
     n = MODELS[name]["batch"] * STEPS[name]
     rows = np.random.default_rng(0).permutation(store.n_cells)[: 2 * n]
-    embed_store(bundle, store, rows=rows[:8])
+    precision = "bf16" if bf16 else "32"
+    embed_store(bundle, store, rows=rows[:8], precision=precision)
     started = time.perf_counter()
-    embed_store(bundle, store, rows=rows, precision="bf16" if bf16 else "32")
+    embed_store(bundle, store, rows=rows, precision=precision)
     return {"rate": len(rows) / (time.perf_counter() - started)}
 
 

@@ -21,7 +21,7 @@ from scmodelforge.models.sequences import pieces
 
 # Cells of different lengths need matrix products of different shapes, and oneDNN keeps 1,024 of them: small pieces of
 # memory that stay between large ones that go, and so take half a gigabyte. It reads this at its first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 
 
 def _log_sums(q: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from scmodelforge.models.attention_cpu_kernel import softmax
 HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 SCORES_AT_ONCE = 2**22  # of one thread
 SAMPLED = 64  # keys of which the largest score of a row is guessed
-STEP = 32  # lengths are rounded up, as each shape of a product is prepared by itself
+STEP = 64  # lengths are rounded up, as each shape of a product is prepared by itself
 NEVER = -1e30  # score of a key that is none
 FEWEST_SCORES = 2**16  # of a head; with fewer, torch's kernel is as fast
 MOST_SCORES = 2**22  # of a sequence (heads × length²) that a processor's cache holds
@@ -77,7 +77,8 @@ def _attend(
     wide_q[:, :n_queries, :width] = q
     wide_k[:, :n_keys, :width] = k
     filled_v[:, :n_keys] = v
-    near = torch.bmm(wide_q[:, :, :width], _sample(q, k).transpose(1, 2)).amax(-1)
+    sample = _sample(wide_q[:, :n_queries, :width], wide_k[:, :n_keys, :width])
+    near = torch.bmm(wide_q[:, :, :width], sample.transpose(1, 2)).float().amax(-1)
     wide_q[:, :, width], wide_k[:, :n_keys, width] = -near, 1
     wide_q[:, :, width + 1], wide_k[:, n_keys:, width + 1] = 1, NEVER
     block = max(SCORES_AT_ONCE // (heads * columns) // STEP, 1) * STEP
@@ -88,7 +89,7 @@ def _attend(
         softmax(scores.flatten(0, 1).view(torch.uint16).numpy(), scale, log_sums.flatten().numpy())
         n = part.stop - first
         out[:, part] = torch.bmm(scores, filled_v)[:, :n]
-        sums[:, part] = log_sums[:, :n] + near[:, part].float() * scale
+        sums[:, part] = log_sums[:, :n] + near[:, part] * scale
 
 
 def _sample(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
