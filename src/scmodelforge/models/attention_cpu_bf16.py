@@ -113,9 +113,8 @@ def _threads(n: int) -> ThreadPoolExecutor:
 
     def alone() -> None:
         torch.get_num_threads()  # torch asks for its number when a thread first needs it, and not again
-        threadpool_limits(
-            1, user_api="openmp"
-        )  # of this thread; torch.set_num_threads would be for others, too
+        # For this thread alone; torch.set_num_threads would be for others, too.
+        threadpool_limits(1, user_api="openmp")
 
     return ThreadPoolExecutor(n, thread_name_prefix="attention", initializer=alone)
 
