@@ -133,7 +133,7 @@ class Fetched:
     """Values on their way to the CPU; what a GPU is asked for after them is not waited for."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self.values = values.float().to("cpu", non_blocking=True)
+        self.values = values.float().to("cpu", non_blocking=values.is_cuda)
         self.arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def numpy(self) -> np.ndarray:
