@@ -194,9 +194,8 @@ def embed_ours(folder: str, name: str, precision: str, compiled: bool) -> dict[s
         for step in range(PEER_BATCHES)
     )
     part = rows[: PEER_BATCHES * CELLS]
-    again = np.random.default_rng(1).permutation(
-        np.tile(part, EMBEDDED_TIMES - 1)
-    )  # no two batches are of one size
+    # In another order each time, so that batches differ in size, as they do for users.
+    again = np.random.default_rng(1).permutation(np.tile(part, EMBEDDED_TIMES - 1))
     embed_store(bundle, store, rows=np.concatenate([part, again[:2048]]), precision=precision)  # warm-up
     started = time.perf_counter()
     embeddings = embed_store(bundle, store, rows=np.concatenate([part, again]), precision=precision)

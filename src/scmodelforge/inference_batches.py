@@ -32,9 +32,7 @@ log = logging.getLogger(__name__)
 THREADS = max(2, min(8, (os.cpu_count() or 2) // 2))
 BUDGET = {"cuda": 65_536, "large cuda": 262_144, "cpu": 16_384}  # tokens of a batch
 LARGE = 40 * 2**30  # bytes of a GPU, of which the widest published models then take a fourth
-COMPILED_FROM = (
-    500_000  # cells on a GPU; with fewer, compiling takes longer than it saves (V1-10M on an H200)
-)
+COMPILED_FROM = 500_000  # cells on a GPU; with fewer, compiling takes longer than it saves
 PRECISIONS = ("32", "bf16", "bf16-true")
 
 
