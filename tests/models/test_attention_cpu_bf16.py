@@ -200,6 +200,36 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert ran.stdout.split() == ["7"]
 
 
+PRODUCTS_OF_MANY_SHAPES = """
+from pathlib import Path
+import torch
+import scmodelforge.models.attention_cpu
+
+def memory():
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 1024
+
+def multiply(lengths):
+    for length in lengths:
+        torch.zeros(length, 64, dtype=torch.bfloat16) @ torch.zeros(64, 64, dtype=torch.bfloat16)
+
+multiply(range(100, 200))
+before = memory()
+multiply(range(200, 800))
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_products_of_many_shapes_do_not_fill_memory() -> None:
+    """Torch and oneDNN keep what they prepared for 1,024 shapes each, some 300 KiB a shape."""
+    kept = {"LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    environment = {key: value for key, value in os.environ.items() if key not in kept}
+    command = [sys.executable, "-c", PRODUCTS_OF_MANY_SHAPES]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert float(ran.stdout) < 40, "MiB"
+
+
 def test_the_operator_keeps_torch_s_rules() -> None:
     qkv, ends = made([300, 20])
     qkv = [x.requires_grad_() for x in qkv]

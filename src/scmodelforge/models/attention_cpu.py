@@ -19,9 +19,11 @@ from scmodelforge.models.attention_cpu_bf16 import (
 )
 from scmodelforge.models.sequences import pieces
 
-# Cells of different lengths need matrix products of different shapes, and oneDNN keeps 1,024 of them: small pieces of
-# memory that stay between large ones that go, and so take half a gigabyte. It reads this at its first product.
+# Cells of different lengths need matrix products of different shapes. oneDNN keeps 1,024 of them, and torch 1,024
+# descriptions of a quarter of a megabyte each in each thread: in a long run half of all memory, and between large pieces
+# that come and go. Both are read at the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "48")
 
 
 def _log_sums(q: torch.Tensor) -> torch.Tensor:
