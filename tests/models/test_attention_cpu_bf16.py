@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from scmodelforge.models import attention_cpu, attention_cpu_bf16
 from scmodelforge.models.attention_cpu import attend_each
-from scmodelforge.models.attention_cpu_kernel import softmax
+from scmodelforge.models.bf16_kernels import softmax
+from scmodelforge.models.single_threads import single_threads
 
 HEADS, WIDTH, SCALE = 2, 24, 24**-0.5  # no power of two
 
@@ -137,7 +138,9 @@ def test_keys_that_all_queries_read_are_no_trouble() -> None:
     assert error(sums, expected_sums) < 1e-3
 
 
-@pytest.mark.parametrize("lengths", [[400, 100], [1500]])  # the latter's gradients come from torch's kernel
+@pytest.mark.parametrize(
+    "lengths", [[400, 100], [1500], [2100]]
+)  # the last one's gradients come from torch's kernel
 def test_gradients_are_those_of_the_formula(lengths: list[int]) -> None:
     qkv, ends = made(lengths)
     half, double = (
@@ -173,7 +176,7 @@ def test_other_numbers_by_default_change_nothing() -> None:
 def test_several_may_ask_at_once() -> None:
     qkv, ends = made([300, 280, 400])
     expected = attend(qkv, ends)[0]
-    attention_cpu_bf16._threads.cache_clear()
+    single_threads.cache_clear()
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda _: attend(qkv, ends)[0], range(12)))
     assert all(torch.equal(one, expected) for one in found)
@@ -238,9 +241,9 @@ def test_the_operator_keeps_torch_s_rules() -> None:
 
 def test_threads_compute_with_one_thread_each_and_others_with_as_many_as_before() -> None:
     before = torch.get_num_threads()
-    attention_cpu_bf16._threads.cache_clear()
+    single_threads.cache_clear()
     attend(*made([300, 300]))
-    pool = attention_cpu_bf16._threads(before)
+    pool = single_threads(before)
     assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
     with ThreadPoolExecutor(1) as another:
         assert another.submit(torch.get_num_threads).result() == before

@@ -81,6 +81,26 @@ def test_half_precision_loses_no_more_than_its_rounding(soft_cap: float | None) 
         assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), name
 
 
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_the_loss_in_half_precision_is_that_of_its_logits(soft_cap: float | None) -> None:
+    half = prediction(23, soft_cap)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = F.cross_entropy(half.logits.float(), genes(23), ignore_index=IGNORED, reduction="sum")
+        torch.testing.assert_close(half.cross_entropy(genes(23), IGNORED), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    broken = prediction(23, None)
+    with torch.no_grad():
+        broken.states[3, 0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = broken.cross_entropy(genes(23), IGNORED)
+    loss.backward()
+    assert loss.isnan()
+    assert broken.weight.grad.isnan().any()
+
+
 @pytest.mark.parametrize("frozen", ["states", "weight", "bias"])
 def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     part = prediction(7, None)

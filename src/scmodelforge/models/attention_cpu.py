@@ -10,18 +10,13 @@ from typing import Any
 
 import torch
 
-from scmodelforge.models.attention_cpu_bf16 import (
-    MOST_SCORES,
-    attend_by_products,
-    factors_of_gradients,
-    gradients,
-    is_worth_products,
-)
+from scmodelforge.models.attention_cpu_bf16 import attend_by_products, is_worth_products
+from scmodelforge.models.attention_cpu_gradients import gradients_by_products, has_gradients_by_products
 from scmodelforge.models.sequences import pieces
 
-# Cells of different lengths need matrix products of different shapes. oneDNN keeps 1,024 of them, and torch 1,024
-# descriptions of a quarter of a megabyte each in each thread: in a long run half of all memory, and between large pieces
-# that come and go. Both are read at the first product.
+# Cells of different lengths need matrix products of different shapes. oneDNN keeps 1,024 of them, and torch in each
+# thread 1,024 descriptions of a quarter of a megabyte: in a long run half of all memory. Both are read at the first
+# product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "48")
 
@@ -75,27 +70,21 @@ def _attend_each_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     results = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # without queries keys have none
-    by_products = q.dtype == torch.bfloat16
-    factors = factors_of_gradients(gradient, q, k, v, out, sums, scale) if by_products else ()
+    by_products = []
     for piece, read in pieces(cu_queries, cu_seqlens):
-        n_scores = q.shape[1] * (piece.stop - piece.start) * (read.stop - read.start)
-        if by_products and n_scores <= MOST_SCORES:
-            wide = [_heads_first(*pair) for pair in zip(factors, (piece, read, piece, read), strict=True)]
-            parts = [_heads_first(gradient, piece), _heads_first(q, piece), _heads_first(k, read)]
-            found = gradients(parts, wide, causal, scale)
-        else:
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            given = ((gradient, piece), (q, piece), (k, read), (v, read), (out, piece))
-            parts = [_heads_first(*pair) for pair in given]
-            whole = kernel(*(x[None] for x in parts), sums[piece].T[None], 0.0, causal, scale=scale)
-            found = tuple(x[0] for x in whole)
+        if has_gradients_by_products(q, piece, read):
+            by_products.append((piece, read))
+            continue
+        given = ((gradient, piece), (q, piece), (k, read), (v, read), (out, piece))
+        parts = [x[part].transpose(0, 1)[None] for x, part in given]
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *parts, sums[piece].T[None], 0.0, causal, scale=scale
+        )
         for result, place, part in zip(results, (piece, read, read), found, strict=True):
-            result[place] = part.transpose(0, 1)
+            result[place] = part[0].transpose(0, 1)
+    if by_products:
+        gradients_by_products(gradient, q, k, v, out, sums, by_products, causal, scale, results)
     return results
-
-
-def _heads_first(x: torch.Tensor, part: slice) -> torch.Tensor:
-    return x[part].transpose(0, 1)
 
 
 @attend_each.register_fake

@@ -8,12 +8,16 @@ cross-entropy). No operation is done twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from scmodelforge.models.bf16_kernels import softmax
+from scmodelforge.models.single_threads import single_threads
 
 ROWS_ON_CPU = 512  # 20 MB of logits over 20,000 genes, in half precision
 ROWS_ON_GPU = 4096
@@ -119,8 +123,11 @@ def _total_and_gradients(
     n_rows = min(chunks[0].stop, len(states)) if chunks else 0
     some_logits = states.new_empty(n_rows, len(weight))
     some_of_weight = torch.empty_like(weight)
-    few = len(some_logits) if some_logits.is_cuda or torch.compiler.is_compiling() else ROWS_IN_FLOAT32
-    some_in_float32 = states.new_empty(min(few, n_rows), len(weight), dtype=torch.float32)
+    whole = states.is_cuda or torch.compiler.is_compiling()
+    by_kernel = not whole and states.dtype == torch.bfloat16
+    few = n_rows if whole or by_kernel else ROWS_IN_FLOAT32
+    in_float32 = 0 if by_kernel else min(few, n_rows)
+    some_in_float32 = states.new_empty(in_float32, len(weight), dtype=torch.float32)
     counted = (genes != ignored).to(states.dtype)
     right = torch.where(genes != ignored, genes, 0)
     for rows in chunks:
@@ -147,34 +154,47 @@ def _to_gradient(
 ) -> torch.Tensor:
     """log p(gene) of `right` (n), float32; turns `logits` (n, n_tokens) into the gradient of its negative sum.
 
-    `room` is float32, of at least as many rows: a softmax with a conversion would fetch memory anew.
+    `room` is float32, of at least as many rows, as a softmax with a conversion would fetch memory anew; or of none, for
+    the kernel, which needs none.
     """
-    each, room = torch.arange(len(logits), device=logits.device), room[: len(logits)]
+    n = len(logits)
+    each = torch.arange(n, device=logits.device)
     slope = None
     if soft_cap is not None:
         squashed = torch.tanh(logits / soft_cap)
         slope = 1 - squashed.square()
         torch.mul(squashed, soft_cap, out=logits)
-    room.copy_(logits)
     if room.is_cuda or torch.compiler.is_compiling():
-        torch.log_softmax(room, 1, out=room)
-        chosen = room[each, right]
+        log_p = torch.log_softmax(room[:n].copy_(logits), 1, out=room[:n])
+        chosen = log_p[each, right]
         if gradients:
-            torch.exp(room, out=logits)
+            torch.exp(log_p, out=logits)
     else:
-        largest = room.amax(1)
-        torch.softmax(room, 1, out=room)  # one exponential less than by log_softmax
-        log_sum = (
-            largest - room.amax(1).log()
-        )  # of the largest, as float32 may have no number for the right one
-        chosen = logits[each, right].float() - log_sum
-        if gradients:
-            logits.copy_(room)
+        of_right = logits[each, right].float()
+        chosen = of_right - (_softmax(logits, room[:n]) if len(room) else _softmax_by_kernel(logits))
     if gradients:
         logits[each, right] -= 1
         if slope is not None:
             logits *= slope
     return chosen
+
+
+def _softmax(logits: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """Turn logits (n, n_tokens) into their softmax; return log Σ exp, float32 (n). `room`: float32, of that shape."""
+    largest = room.copy_(logits).amax(1)
+    torch.softmax(room, 1, out=room)  # one exponential less than by log_softmax
+    logits.copy_(room)
+    return largest - room.amax(1).log()  # of the largest, as float32 may have no number for another one
+
+
+def _softmax_by_kernel(logits: torch.Tensor) -> torch.Tensor:
+    """As `_softmax`, of bfloat16: one pass over each row, which stays in the cache of a thread."""
+    log_sums = torch.empty(len(logits), dtype=torch.float32)
+    bits, found, threads = logits.view(torch.uint16).numpy(), log_sums.numpy(), torch.get_num_threads()
+    parts = _slices(len(logits), math.ceil(len(logits) / threads))
+    for _ in single_threads(threads).map(lambda part: softmax(bits[part], 1.0, found[part]), parts):
+        pass
+    return log_sums
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,11 +1,14 @@
-"""The kernel of `attention_cpu_bf16.py`: the softmax of scores in bfloat16, compiled by numba without the GIL."""
+"""Softmax and exponential of scores in bfloat16, in place; compiled by numba, and without the GIL."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 
-LOWEST = np.float32(-126)  # exponent of the smallest normal number
+LOWEST, HIGHEST = (
+    np.float32(-126),
+    np.float32(128),
+)  # exponents of the smallest normal number, and of infinity
 LOG2_E = np.float32(1.4426950408889634)
 UNIT = np.float32(1)
 HALF = np.float32(0.5)
@@ -63,3 +66,17 @@ def softmax(scores: np.ndarray, scale: float, log_sums: np.ndarray) -> None:
                 (rounded + BELOW_HALF + ((rounded >> LOWER) & ONE)) >> LOWER
             )  # to the nearest, or even
         log_sums[i] = np.float32(scale) * largest + np.float32(np.log(total))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def exponential(x: np.ndarray) -> None:
+    """Replace numbers by their exponential; `x`: uint16 (n), the bits of bfloat16."""
+    for i in range(x.shape[0]):
+        power = np.uint32(np.uint32(x[i]) << LOWER).view(np.float32) * LOG2_E
+        power = LOWEST if power < LOWEST else power  # unlike max, this keeps what is no number
+        power = HIGHEST if power > HIGHEST else power
+        whole = np.floor(power + HALF)
+        rest = power - whole
+        found = UNIT + rest * (C1 + rest * (C2 + rest * (C3 + rest * (C4 + rest * C5))))
+        bits = np.uint32(np.float32(found).view(np.uint32) + (np.uint32(np.int32(whole)) << MANTISSA))
+        x[i] = np.uint16((bits + BELOW_HALF + ((bits >> LOWER) & ONE)) >> LOWER)
