@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from scmodelforge.models import attention_cpu, attention_cpu_bf16
 from scmodelforge.models.attention_cpu import attend_each
-from scmodelforge.models.bf16_kernels import softmax
+from scmodelforge.models.bf16_kernels import exponential, softmax
 from scmodelforge.models.single_threads import single_threads
 
 HEADS, WIDTH, SCALE = 2, 24, 24**-0.5  # no power of two
@@ -152,6 +152,54 @@ def test_gradients_are_those_of_the_formula(lengths: list[int]) -> None:
     for ours, theirs in zip(half, double, strict=True):
         assert ours.grad is not None
         assert error(ours.grad, theirs.grad) < 0.015
+
+
+def test_gradients_of_some_queries_alone_are_those_of_the_formula() -> None:
+    qkv, ends = made([300, 70, 130])
+    asked = torch.cat([torch.arange(0, 300, 7), torch.arange(370, 500, 2)])  # none of the second
+    cu_queries = torch.searchsorted(asked, ends, out_int32=True)
+    half, double = (
+        [x.detach().to(kind).requires_grad_() for x in qkv] for kind in (torch.bfloat16, torch.float64)
+    )
+    weights = torch.randn(len(asked), HEADS, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (attend([half[0][asked], *half[1:]], ends, cu_queries)[0] * weights).sum().backward()
+    (exact(*double, ends, ends)[0][asked] * weights).sum().backward()
+    for ours, theirs in zip(half, double, strict=True):
+        assert error(ours.grad, theirs.grad) < 0.015
+    assert not half[1].grad[300:370].any(), "keys that nobody reads"
+
+
+@pytest.mark.parametrize("lengths", [[300, 1, 64], [1700]])
+def test_gradients_of_causal_attention_are_those_of_torch(lengths: list[int]) -> None:
+    qkv, ends = made(lengths, spread=1)
+    half = [x.detach().requires_grad_() for x in qkv]
+    whole = [x.detach().float().requires_grad_() for x in qkv]
+    weights = torch.randn(half[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (attend_each(*half, ends, ends, True, SCALE)[0] * weights).sum().backward()
+    (attend_each(*whole, ends, ends, True, SCALE)[0] * weights).sum().backward()  # torch's kernel
+    for ours, theirs in zip(half, whole, strict=True):
+        assert error(ours.grad, theirs.grad.double()) < 0.015
+
+
+def test_a_gradient_that_is_not_a_number_stays_so() -> None:
+    qkv, ends = made([100, 90])
+    half = [x.requires_grad_() for x in qkv]
+    mixed, _ = attend(half, ends)
+    mixed.backward(torch.ones_like(mixed).index_fill(0, torch.tensor([5]), torch.nan))
+    for x in half:
+        assert x.grad[:100].isnan().any()
+        assert x.grad[100:].isfinite().all()
+
+
+@given(
+    x=st.lists(st.floats(-200, 200, width=16), min_size=1, max_size=70),
+    more=st.sampled_from([[], [torch.nan], [torch.inf, -torch.inf]]),
+)
+def test_exponentials_are_rounded_once(x: list[float], more: list[float]) -> None:
+    found = torch.tensor(x + more).bfloat16()
+    expected = found.float().exp()
+    exponential(found.view(torch.uint16).numpy())
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1.2e-38, equal_nan=True)
 
 
 @pytest.mark.parametrize("n_keys", [1, 40, 64, 65])
