@@ -2,7 +2,7 @@
 
 Three ways lead to the same result, so that each device takes its fastest:
 - on a GPU the kernels of `attention_gpu.py`;
-- on the CPU torch's attention for one sequence after the other (`attention_cpu.py`);
+- on the CPU torch's attention, or in bfloat16 matrix products, sequence by sequence (`attention_cpu.py`);
 - the formula itself for one sequence after the other, wherever the others do not apply.
 No mask over a batch is ever built.
 """

@@ -1,4 +1,4 @@
-"""Attention on the CPU, one sequence after the other.
+"""Attention on the CPU, sequence by sequence: by torch's kernel, or in bfloat16 by our products.
 
 It is one operator, so that `torch.compile` sees neither the loop nor its lengths.
 """
@@ -40,10 +40,10 @@ def attend_each(
     Keys and values are (total, heads, width); `cu_queries` and `cu_seqlens` say where sequences begin in m and total.
     """
     out, sums = torch.empty_like(q), _log_sums(q)
-    large = []
+    by_products = []
     for piece, read in pieces(cu_queries, cu_seqlens):
         if is_worth_products(q, piece, read, causal):
-            large.append((piece, read))
+            by_products.append((piece, read))
             continue
         parts = [x[part].transpose(0, 1)[None] for x, part in ((q, piece), (k, read), (v, read))]
         mixed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -51,8 +51,8 @@ def attend_each(
         )
         out[piece] = mixed[0].transpose(0, 1)
         sums[piece] = log_sum[0].T
-    if large:
-        attend_by_products(q, k, v, large, scale, out, sums)
+    if by_products:
+        attend_by_products(q, k, v, by_products, scale, out, sums)
     return out, sums
 
 

@@ -19,7 +19,7 @@ from scmodelforge.models.single_threads import single_threads
 
 # Torch's kernel uses AMX where a processor has it, and products of whole sequences were not measured against that.
 HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-SCORES_AT_ONCE = 2**22  # of one thread
+SCORES_AT_ONCE = 2**22  # of one thread; with more, it reads memory instead of its cache
 SAMPLED = 64  # keys of which the largest score of a row is guessed
 STEP = 64  # lengths are rounded up, as each shape of a product is prepared by itself
 NEVER = -1e30  # score of a key that is none
@@ -88,7 +88,7 @@ def _attend(
         part = slice(first, min(first + block, n_queries))
         scores = torch.bmm(wide_q[:, first : first + block], wide_k.transpose(1, 2))
         log_sums = torch.empty(scores.shape[:2], dtype=torch.float32)
-        softmax(scores.flatten(0, 1).view(torch.uint16).numpy(), scale, log_sums.flatten().numpy())
+        softmax(scores.view(torch.uint16).view(-1, columns).numpy(), scale, log_sums.view(-1).numpy())
         n = part.stop - first
         out[:, part] = torch.bmm(scores, filled_v)[:, :n]
         sums[:, part] = log_sums[:, :n] + near[:, part] * scale

@@ -70,11 +70,10 @@ def softmax(scores: np.ndarray, scale: float, log_sums: np.ndarray) -> None:
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 def exponential(x: np.ndarray) -> None:
-    """Replace numbers by their exponential; `x`: uint16 (n), the bits of bfloat16."""
+    """Replace numbers by their exponential, but at least 2^-126; `x`: uint16 (n), the bits of bfloat16."""
     for i in range(x.shape[0]):
         power = np.uint32(np.uint32(x[i]) << LOWER).view(np.float32) * LOG2_E
-        power = LOWEST if power < LOWEST else power  # unlike max, this keeps what is no number
-        power = HIGHEST if power > HIGHEST else power
+        power = min(max(power, LOWEST), HIGHEST)  # in this order what is no number stays so
         whole = np.floor(power + HALF)
         rest = power - whole
         found = UNIT + rest * (C1 + rest * (C2 + rest * (C3 + rest * (C4 + rest * C5))))

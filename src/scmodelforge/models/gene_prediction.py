@@ -21,7 +21,7 @@ from scmodelforge.models.single_threads import single_threads
 
 ROWS_ON_CPU = 512  # 20 MB of logits over 20,000 genes, in half precision
 ROWS_ON_GPU = 4096
-ROWS_IN_FLOAT32 = 64  # 5 MB, on the CPU
+ROWS_BY_TORCH = 64  # 5 MB in float32, of such a chunk on the CPU
 
 
 def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -72,10 +72,19 @@ class GenePrediction:
 
 def row_chunks(states: torch.Tensor) -> list[slice]:
     """The rows of (m, width) that are looked at together."""
-    # Compiled, a chunk needs no copies beside its logits, and each one is compiled by itself: fewer, larger ones.
-    large = states.is_cuda or torch.compiler.is_compiling()
-    step = ROWS_ON_GPU if large else ROWS_ON_CPU
-    return _slices(len(states), step)
+    return _slices(len(states), ROWS_ON_GPU if _is_large(states) else ROWS_ON_CPU)
+
+
+def _is_large(states: torch.Tensor) -> bool:
+    """Whether chunks are large: compiled, one needs no copies beside its logits, and each is compiled by itself."""
+    return states.is_cuda or torch.compiler.is_compiling()
+
+
+def _has_kernel(states: torch.Tensor) -> bool:
+    """Whether a kernel makes the softmax of a chunk in place."""
+    return (
+        states.device.type == "cpu" and states.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    )
 
 
 def _slices(n: int, step: int) -> list[slice]:
@@ -123,22 +132,18 @@ def _total_and_gradients(
     n_rows = min(chunks[0].stop, len(states)) if chunks else 0
     some_logits = states.new_empty(n_rows, len(weight))
     some_of_weight = torch.empty_like(weight)
-    whole = states.is_cuda or torch.compiler.is_compiling()
-    by_kernel = not whole and states.dtype == torch.bfloat16
-    few = n_rows if whole or by_kernel else ROWS_IN_FLOAT32
-    in_float32 = 0 if by_kernel else min(few, n_rows)
-    some_in_float32 = states.new_empty(in_float32, len(weight), dtype=torch.float32)
+    large, by_kernel = _is_large(states), _has_kernel(states)
+    at_once = n_rows if large or (by_kernel and soft_cap is None) else min(ROWS_BY_TORCH, n_rows)
+    room = None if by_kernel else states.new_empty(at_once, len(weight), dtype=torch.float32)
     counted = (genes != ignored).to(states.dtype)
     right = torch.where(genes != ignored, genes, 0)
     for rows in chunks:
         some_states, weights = states[rows], counted[rows, None]
         logits = some_logits[: len(some_states)]
         torch.addmm(bias, some_states, weight.T, out=logits)
-        for part in _slices(len(logits), few):
+        for part in _slices(len(logits), at_once):
             some_right = right[rows][part]
-            log_p_of_right[rows][part] = _to_gradient(
-                logits[part], some_right, some_in_float32, soft_cap, gradients
-            )
+            log_p_of_right[rows][part] = _to_gradient(logits[part], some_right, room, soft_cap, gradients)
         if not gradients:
             continue
         # Rows that do not count are taken out of the small factors, not of the large one.
@@ -150,28 +155,32 @@ def _total_and_gradients(
 
 
 def _to_gradient(
-    logits: torch.Tensor, right: torch.Tensor, room: torch.Tensor, soft_cap: float | None, gradients: bool
+    logits: torch.Tensor,
+    right: torch.Tensor,
+    room: torch.Tensor | None,
+    soft_cap: float | None,
+    gradients: bool,
 ) -> torch.Tensor:
     """log p(gene) of `right` (n), float32; turns `logits` (n, n_tokens) into the gradient of its negative sum.
 
-    `room` is float32, of at least as many rows, as a softmax with a conversion would fetch memory anew; or of none, for
+    `room` is float32, of at least as many rows, as a softmax with a conversion would fetch memory anew; None: there is
     the kernel, which needs none.
     """
     n = len(logits)
     each = torch.arange(n, device=logits.device)
     slope = None
     if soft_cap is not None:
-        squashed = torch.tanh(logits / soft_cap)
-        slope = 1 - squashed.square()
-        torch.mul(squashed, soft_cap, out=logits)
-    if room.is_cuda or torch.compiler.is_compiling():
+        logits.div_(soft_cap).tanh_()
+        slope = 1 - logits.square() if gradients else None
+        logits.mul_(soft_cap)
+    if room is not None and _is_large(logits):
         log_p = torch.log_softmax(room[:n].copy_(logits), 1, out=room[:n])
         chosen = log_p[each, right]
         if gradients:
             torch.exp(log_p, out=logits)
     else:
-        of_right = logits[each, right].float()
-        chosen = of_right - (_softmax(logits, room[:n]) if len(room) else _softmax_by_kernel(logits))
+        chosen = logits[each, right].float()
+        chosen -= _softmax_by_kernel(logits) if room is None else _softmax(logits, room[:n])
     if gradients:
         logits[each, right] -= 1
         if slope is not None:
@@ -189,7 +198,7 @@ def _softmax(logits: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
 
 def _softmax_by_kernel(logits: torch.Tensor) -> torch.Tensor:
     """As `_softmax`, of bfloat16: one pass over each row, which stays in the cache of a thread."""
-    log_sums = torch.empty(len(logits), dtype=torch.float32)
+    log_sums = logits.new_empty(len(logits), dtype=torch.float32)
     bits, found, threads = logits.view(torch.uint16).numpy(), log_sums.numpy(), torch.get_num_threads()
     parts = _slices(len(logits), math.ceil(len(logits) / threads))
     for _ in single_threads(threads).map(lambda part: softmax(bits[part], 1.0, found[part]), parts):
