@@ -25,6 +25,7 @@ HEADS, WIDTH, SCALE = 2, 24, 24**-0.5  # no power of two
 @pytest.fixture(autouse=True)
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cpu_bf16, "HAS_AMX", False)
+    monkeypatch.setattr(attention_cpu_bf16, "FEWEST_OPERATIONS", 2**16 * WIDTH)
 
 
 def made(lengths: list[int], spread: float = 1.5, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -275,7 +276,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
 import os, torch
 torch.set_num_threads(1)  # torch's own threads do not survive a fork
 from scmodelforge.models.attention_cpu import attend_each
-x, ends = torch.randn(300, 2, 16).bfloat16(), torch.tensor([0, 300]).int()
+x, ends = torch.randn(600, 2, 16).bfloat16(), torch.tensor([0, 600]).int()
 attend_each(x, x, x, ends, ends, False, 0.25)
 child = os.fork()
 if child == 0:

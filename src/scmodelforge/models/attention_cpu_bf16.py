@@ -23,7 +23,7 @@ SCORES_AT_ONCE = 2**22  # of one thread; with more, it reads memory instead of i
 SAMPLED = 64  # keys of which the largest score of a row is guessed
 STEP = 64  # lengths are rounded up, as each shape of a product is prepared by itself
 NEVER = -1e30  # score of a key that is none
-FEWEST_SCORES = 2**16  # of a head; with fewer, torch's kernel is as fast
+FEWEST_OPERATIONS = 2**22  # scores of a head times its width; with fewer, torch's kernel is as fast
 
 
 def attend_by_products(
@@ -63,8 +63,8 @@ def in_threads(
 
 def is_worth_products(q: torch.Tensor, piece: slice, read: slice, causal: bool) -> bool:
     """Whether products are faster than torch's kernel for a sequence."""
-    n_scores = (piece.stop - piece.start) * (read.stop - read.start)
-    return q.dtype == torch.bfloat16 and not causal and not HAS_AMX and n_scores >= FEWEST_SCORES
+    n_operations = (piece.stop - piece.start) * (read.stop - read.start) * q.shape[2]
+    return q.dtype == torch.bfloat16 and not causal and not HAS_AMX and n_operations >= FEWEST_OPERATIONS
 
 
 def _attend(
