@@ -15,7 +15,7 @@ from scmodelforge.models.attention_cpu_gradients import gradients_by_products, h
 from scmodelforge.models.sequences import pieces
 
 # Cells of different lengths need matrix products of different shapes. oneDNN keeps 1,024 of them, and torch in each
-# thread 1,024 descriptions of a quarter of a megabyte: in a long run half of all memory. Both are read at the first
+# thread 1,024 descriptions of a quarter of a megabyte: in a long run a third of all memory. Both are read at the first
 # product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "48")

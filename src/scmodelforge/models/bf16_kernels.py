@@ -5,10 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-LOWEST, HIGHEST = (
-    np.float32(-126),
-    np.float32(128),
-)  # exponents of the smallest normal number, and of infinity
+LOWEST = np.float32(-126)  # exponent of the smallest normal number
+HIGHEST = np.float32(128)  # exponent of infinity
 LOG2_E = np.float32(1.4426950408889634)
 UNIT = np.float32(1)
 HALF = np.float32(0.5)

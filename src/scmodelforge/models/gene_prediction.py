@@ -173,14 +173,19 @@ def _to_gradient(
         logits.div_(soft_cap).tanh_()
         slope = 1 - logits.square() if gradients else None
         logits.mul_(soft_cap)
-    if room is not None and _is_large(logits):
+    if room is None:
+        chosen = logits[each, right].float()
+        chosen -= _softmax_by_kernel(logits)
+    elif _is_large(logits):
         log_p = torch.log_softmax(room[:n].copy_(logits), 1, out=room[:n])
         chosen = log_p[each, right]
         if gradients:
             torch.exp(log_p, out=logits)
     else:
         chosen = logits[each, right].float()
-        chosen -= _softmax_by_kernel(logits) if room is None else _softmax(logits, room[:n])
+        chosen -= _softmax(room[:n].copy_(logits))
+        if gradients:
+            logits.copy_(room[:n])
     if gradients:
         logits[each, right] -= 1
         if slope is not None:
@@ -188,12 +193,11 @@ def _to_gradient(
     return chosen
 
 
-def _softmax(logits: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-    """Turn logits (n, n_tokens) into their softmax; return log Σ exp, float32 (n). `room`: float32, of that shape."""
-    largest = room.copy_(logits).amax(1)
-    torch.softmax(room, 1, out=room)  # one exponential less than by log_softmax
-    logits.copy_(room)
-    return largest - room.amax(1).log()  # of the largest, as float32 may have no number for another one
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Turn float32 logits (n, n_tokens) into their softmax; return log Σ exp, float32 (n)."""
+    largest = logits.amax(1)
+    torch.softmax(logits, 1, out=logits)  # one exponential less than by log_softmax
+    return largest - logits.amax(1).log()  # of the largest, as float32 may have no number for another one
 
 
 def _softmax_by_kernel(logits: torch.Tensor) -> torch.Tensor:
