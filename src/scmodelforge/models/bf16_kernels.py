@@ -19,7 +19,34 @@ C1, C2, C3, C4, C5 = (
 )
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+FASTER = {"contract", "reassoc", "nsz"}  # what is no number stays so
+
+
+@numba.njit(nogil=True, fastmath=FASTER)
+def _to_float32(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << LOWER).view(np.float32)
+
+
+@numba.njit(nogil=True, fastmath=FASTER)
+def _to_bf16(x: np.float32) -> np.uint16:
+    """The bits of the nearest number in bfloat16, or the even one of two."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((bits + BELOW_HALF + ((bits >> LOWER) & ONE)) >> LOWER)
+
+
+@numba.njit(nogil=True, fastmath=FASTER)
+def _power_of_two(x: np.float32) -> np.float32:
+    """2^x, at least 2^-126."""
+    x = min(max(x, LOWEST), HIGHEST)  # in this order what is no number stays so
+    whole = np.floor(x + HALF)
+    x -= whole
+    power = UNIT + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * C5))))
+    return np.uint32(np.float32(power).view(np.uint32) + (np.uint32(np.int32(whole)) << MANTISSA)).view(
+        np.float32
+    )
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FASTER)
 def softmax(scores: np.ndarray, scale: float, log_sums: np.ndarray) -> None:
     """Replace scores by their softmax, row by row.
 
@@ -47,33 +74,16 @@ def softmax(scores: np.ndarray, scale: float, log_sums: np.ndarray) -> None:
         largest = np.int32(top ^ ((top >> SIGN) & MAGNITUDE)).view(np.float32)
         total = np.float32(0)
         for j in range(n_columns):
-            x = (np.uint32(np.uint32(row[j]) << LOWER).view(np.float32) - largest) * factor
-            x = max(x, LOWEST)
-            whole = np.int32(x - HALF)  # the nearest: x is not above zero, and this cuts off
-            x -= np.float32(whole)
-            power = UNIT + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * C5))))
-            found = np.uint32(np.float32(power).view(np.uint32) + (np.uint32(whole) << MANTISSA)).view(
-                np.float32
-            )
-            weights[j] = found
-            total += found
+            weights[j] = _power_of_two((_to_float32(row[j]) - largest) * factor)
+            total += weights[j]
         share = UNIT / total
         for j in range(n_columns):
-            rounded = np.float32(weights[j] * share).view(np.uint32)
-            row[j] = np.uint16(
-                (rounded + BELOW_HALF + ((rounded >> LOWER) & ONE)) >> LOWER
-            )  # to the nearest, or even
+            row[j] = _to_bf16(np.float32(weights[j] * share))
         log_sums[i] = np.float32(scale) * largest + np.float32(np.log(total))
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@numba.njit(nogil=True, cache=True, fastmath=FASTER)
 def exponential(x: np.ndarray) -> None:
     """Replace numbers by their exponential, but at least 2^-126; `x`: uint16 (n), the bits of bfloat16."""
     for i in range(x.shape[0]):
-        power = np.uint32(np.uint32(x[i]) << LOWER).view(np.float32) * LOG2_E
-        power = min(max(power, LOWEST), HIGHEST)  # in this order what is no number stays so
-        whole = np.floor(power + HALF)
-        rest = power - whole
-        found = UNIT + rest * (C1 + rest * (C2 + rest * (C3 + rest * (C4 + rest * C5))))
-        bits = np.uint32(np.float32(found).view(np.uint32) + (np.uint32(np.int32(whole)) << MANTISSA))
-        x[i] = np.uint16((bits + BELOW_HALF + ((bits >> LOWER) & ONE)) >> LOWER)
+        x[i] = _to_bf16(_power_of_two(_to_float32(x[i]) * LOG2_E))
